@@ -1,0 +1,167 @@
+"""The normal form of a graph: one spelling for what several spellings mean, and no noise from capturing.
+
+    no-op casts, moves, aliases, clones, dropout(p=0), metadata asserts    gone
+    to.device, to.dtype_layout, type_as, _to_copy, float …                 to.dtype, only where the dtype changes
+    view, _unsafe_view, contiguous                                         reshape, nothing
+    __and__, bitwise_and, logical_and on bool                              logical_and    (the same for or, not)
+    equal nodes with equal arguments, weights read twice                   one node
+    dead nodes                                                             gone
+
+`clean` assumes a functional graph: `capture` makes it one before.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphwright.shapes import compute, mode_of
+
+aten = torch.ops.aten
+
+DROPPED = {
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+}
+"""Nodes without a value that only assert what shapes already say."""
+
+IDENTITIES = {
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.lift_fresh_copy.default,
+    aten.lift_fresh.default,
+}
+"""Nodes whose value is their first argument, in a functional graph."""
+
+CASTS = {
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten.type_as.default,
+    aten._to_copy.default,
+}
+
+RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+
+BOOLEAN = {
+    aten.__and__.Tensor: aten.logical_and.default,
+    aten.bitwise_and.Tensor: aten.logical_and.default,
+    aten.__or__.Tensor: aten.logical_or.default,
+    aten.bitwise_or.Tensor: aten.logical_or.default,
+    aten.bitwise_not.default: aten.logical_not.default,
+}
+"""Bitwise ops that are logical ones when their arguments are bool."""
+
+
+def clean(module: fx.GraphModule) -> int:
+    """Brings `module` into normal form in place; returns how many nodes went away."""
+    before = len(module.graph.nodes)
+    for node in list(module.graph.nodes):
+        if node.op == "call_function":
+            _simplify(node, module)
+    _merge_equal(module)
+    module.graph.eliminate_dead_code(is_impure_node=is_impure)
+    module.graph.lint()
+    module.recompile()
+    return before - len(module.graph.nodes)
+
+
+def is_impure(node: fx.Node) -> bool:
+    """Whether a node must stay although nothing uses its value: inputs, outputs, writes into state."""
+    if node.op in ("placeholder", "output"):
+        return True
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _simplify(node: fx.Node, module: fx.GraphModule) -> None:
+    if node.target in DROPPED:
+        module.graph.erase_node(node)
+    elif node.target in IDENTITIES or _is_idle_dropout(node):
+        node.replace_all_uses_with(node.args[0])
+    elif node.target in CASTS:
+        _simplify_cast(node)
+    elif node.target in RESHAPES:
+        node.target = aten.reshape.default
+    elif node.target is aten.expand.default and _same_shape(node):
+        node.replace_all_uses_with(node.args[0])
+    elif node.target in BOOLEAN and node.meta["val"].dtype == torch.bool:
+        node.target = BOOLEAN[node.target]
+    elif node.target is operator.getitem and isinstance(node.args[0], (list, tuple)):
+        node.replace_all_uses_with(node.args[0][node.args[1]])
+
+
+def _is_idle_dropout(node: fx.Node) -> bool:
+    return node.target is aten.dropout.default and (node.args[1] == 0 or node.args[2] is False)
+
+
+def _simplify_cast(node: fx.Node) -> None:
+    source = node.args[0]
+    dtype = node.meta["val"].dtype
+    if source.meta["val"].dtype == dtype:
+        node.replace_all_uses_with(source)
+        return
+    node.target, node.args, node.kwargs = aten.to.dtype, (source, dtype), {}
+
+
+def _same_shape(node: fx.Node) -> bool:
+    source = node.args[0].meta["val"].shape
+    result = node.meta["val"].shape
+    return len(source) == len(result) and all(str(a) == str(b) for a, b in zip(source, result, strict=True))
+
+
+def _merge_equal(module: fx.GraphModule) -> None:
+    """Common subexpressions, weights included; nodes that write or draw random numbers are left alone."""
+    seen: dict[Any, fx.Node] = {}
+    storages: dict[Any, str] = {}
+    for node in list(module.graph.nodes):
+        if node.op == "get_attr":
+            node.target = storages.setdefault(_tensor_key(module, str(node.target)), node.target)
+        elif node.op != "call_function" or not _is_pure(node):
+            continue
+        key = (node.op, node.target, _hashable(node.args), _hashable(node.kwargs))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+
+
+def _tensor_key(module: fx.GraphModule, name: str) -> Any:
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    if not isinstance(value, Tensor):
+        return name
+    return (value.data_ptr() or name, value.dtype, tuple(value.shape), tuple(value.stride()))
+
+
+def _is_pure(node: fx.Node) -> bool:
+    target: Callable[..., Any] | Any = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return True
+    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_hashable(item) for item in value)
+    if isinstance(value, dict):
+        return tuple(sorted((key, _hashable(item)) for key, item in value.items()))
+    if isinstance(value, slice):
+        return ("slice", value.start, value.stop, value.step)
+    return (type(value).__name__, value)
+
+
+def refresh(module: fx.GraphModule) -> None:
+    """Fills in `meta["val"]` of nodes that lack it."""
+    mode = mode_of(module.graph)
+    for node in module.graph.nodes:
+        if node.op in ("call_function", "get_attr") and node.meta.get("val") is None:
+            node.meta["val"] = compute(node, mode, module)

@@ -1,0 +1,23 @@
+"""The semantic ops of Graphwright, one a file. Importing this package registers them all.
+
+Letters in shapes: B batch, S query length, T key length, H heads, Hkv key-value heads, D head_dim, Dv head_dim of
+the values, N output features, K input features, G groups along K.
+"""
+
+from graphwright.ops.attention import attention
+from graphwright.ops.gated_activation import gated_activation
+from graphwright.ops.kv_cache_update import kv_cache_update
+from graphwright.ops.quantized_embedding import quantized_embedding
+from graphwright.ops.quantized_linear import quantized_linear
+from graphwright.ops.rms_norm import rms_norm
+from graphwright.ops.rope import rope
+
+__all__ = [
+    "attention",
+    "gated_activation",
+    "kv_cache_update",
+    "quantized_embedding",
+    "quantized_linear",
+    "rms_norm",
+    "rope",
+]

@@ -1,0 +1,65 @@
+"""A linear layer whose weight is stored in low-bit codes; layout in `graphwright.packing`."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from graphwright import packing
+from graphwright.op import Cost, Sample, TensorInfo, op
+
+
+@op
+def quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """x @ dequantize(weight).T + bias, in the dtype of `x`.
+
+    Args:
+        x: [..., K], floating point.
+        weight: packed codes of [N, K padded to groups].
+        scale: [N, G], float16 or float32.
+        zero_point: [N, G] in codes, or None for a symmetric weight.
+        bias: [N] or None.
+        bits: 4 or 8.
+        group_size: weights that share a scale along K; K itself (or more) for one scale per row.
+
+    Returns:
+        [..., N].
+    """
+    dense = packing.dequantize(weight, scale, zero_point, bits, group_size)
+    return functional.linear(x, dense[:, : x.shape[-1]].to(x.dtype), bias)
+
+
+@quantized_linear.fake
+def _fake(x: Tensor, weight: Tensor, *_rest: object, **_more: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@quantized_linear.cost
+def _cost(x: TensorInfo, weight: TensorInfo, *_rest: object, **_more: object) -> Cost:
+    return Cost(flops=2 * x.numel * weight.shape[0])
+
+
+@quantized_linear.samples
+def _samples(dtype: torch.dtype) -> Iterator[Sample]:
+    for bits, group_size, asymmetric in ((8, 96, False), (4, 32, False), (4, 32, True), (4, 64, True), (8, 64, True)):
+        for rows in ((1, 1), (2, 5), (3, 1)):
+            features, outputs = 96, 40
+            groups = -(-features // group_size)
+            low, high = packing.CODE_RANGE[bits]
+            codes = torch.randint(low, high + 1, (outputs, groups * group_size))
+            scale = torch.rand(outputs, groups) * 0.1
+            zero = torch.randint(low, high + 1, (outputs, groups)).float() if asymmetric else None
+            bias = torch.randn(outputs, dtype=dtype) if rows == (2, 5) else None
+            weight = packing.pack(codes, bits, group_size)
+            x = torch.randn(*rows, features, dtype=dtype)
+            note = f"{bits} bit, group {group_size}, asymmetric {asymmetric}, rows {rows}"
+            yield Sample((x, weight, scale, zero, bias, bits, group_size), note=note)

@@ -1,0 +1,1 @@
+"""Recipe presets shipped with Graphwright."""

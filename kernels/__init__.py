@@ -1,0 +1,1 @@
+"""Kernels of Graphwright, one family a file, each beside its reference."""

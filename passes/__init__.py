@@ -1,0 +1,1 @@
+"""The passes of Graphwright: one technique a file, found by file name."""

@@ -1,0 +1,1 @@
+"""Precision: weights and activations in another floating-point dtype."""

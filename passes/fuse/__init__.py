@@ -1,0 +1,1 @@
+"""Fusion: fewer, larger operations and no work that is not asked for."""

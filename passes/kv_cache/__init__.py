@@ -1,0 +1,1 @@
+"""Cache insertion: a cache-free program becomes a prefill and decode program."""

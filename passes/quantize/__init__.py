@@ -1,0 +1,1 @@
+"""Quantization: weights become packed low-bit tensors."""

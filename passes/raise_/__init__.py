@@ -1,0 +1,1 @@
+"""Raising: ATen subgraphs become semantic ops."""
