@@ -14,13 +14,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-
 from graphwright import clean
 from graphwright.contract import Contract, Dim, InputSpec, Role
 from graphwright.errors import CaptureError, GraphwrightError
 from graphwright.program import Metadata, Program
 from graphwright.serialize import set_attribute
+from torch import Tensor, fx, nn
 
 DimNames = Mapping[str, Mapping[int, str]]
 
@@ -99,7 +98,9 @@ def read_metadata(model: nn.Module) -> Metadata:
         family=config.model_type,
         causal=causal,
         vocab_size=config.vocab_size,
-        context_length=int(getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", 0) or 2048),
+        context_length=int(
+            getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", 0) or 2048
+        ),
         bos_token_id=getattr(config, "bos_token_id", None),
         eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else (() if eos is None else (eos,)),
         pad_token_id=getattr(config, "pad_token_id", None),
@@ -117,7 +118,8 @@ def check_weights(model: nn.Module) -> None:
             continue
         if tensor.is_meta:
             raise CaptureError(
-                f"Weight {name} is on the meta device, it has no values", fix="Load the model's weights first"
+                f"Weight {name} is on the meta device, it has no values",
+                fix="Load the model's weights first",
             )
         # A sum is finite only if every term is, and needs no copy of the tensor, unless it overflows.
         if not tensor.sum(dtype=torch.float64).isfinite():

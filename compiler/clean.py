@@ -15,9 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-
 from graphwright.shapes import compute, mode_of
+from torch import Tensor, fx
 
 aten = torch.ops.aten
 

@@ -16,9 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-
 from graphwright.errors import GraphwrightError
+from torch import Tensor
 
 Role = Literal["token", "attention_mask", "position", "key_position", "logit_index", "tensor"]
 Shape = tuple[int | str, ...]
@@ -119,9 +118,7 @@ class Contract:
         sizes: dict[str, int] = {}
         for spec in (*self.inputs, *self.state):
             if spec.name not in tensors:
-                raise GraphwrightError(
-                    f"Input {spec.name} is missing; the program takes {', '.join(self.names)}"
-                )
+                raise GraphwrightError(f"Input {spec.name} is missing; the program takes {', '.join(self.names)}")
             self._check_one(spec, tensors[spec.name], sizes)
         return sizes
 
@@ -149,9 +146,7 @@ class Contract:
     def to_json(self) -> dict[str, Any]:
         """Plain data for a manifest; `from_json` is its inverse."""
         return {
-            "inputs": [
-                {**vars(s), "dtype": dtype_name(s.dtype), "shape": list(s.shape)} for s in self.inputs
-            ],
+            "inputs": [{**vars(s), "dtype": dtype_name(s.dtype), "shape": list(s.shape)} for s in self.inputs],
             "state": [{**vars(s), "dtype": dtype_name(s.dtype), "shape": list(s.shape)} for s in self.state],
             "outputs": list(self.outputs),
             "dims": [vars(dim) for dim in self.dims],

@@ -69,9 +69,7 @@ class Op:
     def __init__(self, reference: Callable[..., Any], mutates: tuple[str, ...]) -> None:
         self.name = reference.__name__
         self.reference = reference
-        self._custom = torch.library.custom_op(
-            f"{NAMESPACE}::{self.name}", reference, mutates_args=mutates
-        )
+        self._custom = torch.library.custom_op(f"{NAMESPACE}::{self.name}", reference, mutates_args=mutates)
         self._custom.register_fake(reference)
         self.cost_of: Callable[..., Cost] = lambda *_args, **_kwargs: Cost()
         self.samples_of: Callable[[torch.dtype], Iterable[Sample]] = lambda _dtype: ()
@@ -97,17 +95,13 @@ class Op:
         self.cost_of = function
         return function
 
-    def samples(
-        self, function: Callable[[torch.dtype], Iterator[Sample]]
-    ) -> Callable[[torch.dtype], Iterator[Sample]]:
+    def samples(self, function: Callable[[torch.dtype], Iterator[Sample]]) -> Callable[[torch.dtype], Iterator[Sample]]:
         """Gives the op sample arguments per floating-point dtype; tests and backends draw from them."""
         self.samples_of = function
         return function
 
 
-def op(
-    reference: Callable[..., Any] | None = None, *, mutates: tuple[str, ...] = ()
-) -> Any:
+def op(reference: Callable[..., Any] | None = None, *, mutates: tuple[str, ...] = ()) -> Any:
     """Registers `reference` as a semantic op; `mutates` names the arguments it writes in place."""
     if reference is None:
         return lambda function: op(function, mutates=mutates)

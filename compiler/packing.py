@@ -49,9 +49,7 @@ def unpack(packed: Tensor, bits: int, group_size: int) -> Tensor:
     return torch.cat([grouped & 15, grouped >> 4], dim=-1).flatten(-2)
 
 
-def dequantize(
-    packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int
-) -> Tensor:
+def dequantize(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int) -> Tensor:
     """Float32 [N, G * group_size] from storage, scales [N, G] and zero points [N, G] or None."""
     codes = unpack(packed, bits, group_size).unflatten(-1, (-1, group_size)).float()
     zero = ZERO_CODE[bits] if zero_point is None else zero_point.float().unsqueeze(-1)

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, fx
-
 from graphwright import serialize, text
 from graphwright.contract import Contract
 from graphwright.errors import GraphwrightError
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, fx
 
 
 @dataclass(frozen=True)

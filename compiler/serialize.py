@@ -9,13 +9,12 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, fx
-
 import graphwright.ops  # noqa: F401  (registers the semantic ops that a graph may name)
+import torch
 from graphwright import shapes
 from graphwright.contract import DTYPES, Contract, dtype_name
 from graphwright.errors import ArtifactError
+from torch import Tensor, fx
 
 PYTHON_FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"{function.__module__.lstrip('_')}.{function.__name__}": function
@@ -48,9 +47,7 @@ def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
     ]
 
 
-def graph_from_json(
-    entries: list[dict[str, Any]], weights: Mapping[str, Tensor], contract: Contract
-) -> fx.GraphModule:
+def graph_from_json(entries: list[dict[str, Any]], weights: Mapping[str, Tensor], contract: Contract) -> fx.GraphModule:
     """Rebuilds the graph module over `weights` and recomputes the shapes of all nodes."""
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
@@ -93,9 +90,7 @@ def _target_name(node: fx.Node) -> str:
     for name, function in PYTHON_FUNCTIONS.items():
         if function is target:
             return name
-    raise ArtifactError(
-        f"The graph calls {target}, which cannot be written to a file", where=f"node {node.name}"
-    )
+    raise ArtifactError(f"The graph calls {target}, which cannot be written to a file", where=f"node {node.name}")
 
 
 def _target(name: str) -> Callable[..., Any]:

@@ -10,16 +10,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
-
 from graphwright.contract import Contract, dtype_name
+from torch import fx
 
 if TYPE_CHECKING:
     from graphwright.program import Program
 
 
-def render(program: "Program", *, shapes: bool = True) -> str:
-    """The text of `program`."""
+def render(program: "Program", *, shapes: bool = True, numbered: bool = True) -> str:
+    """The text of `program`; `numbered=False` keeps node names, which survive edits, for differences."""
     names = symbol_names(program.graph, program.contract)
     labels: dict[fx.Node, str] = {}
     lines = []
@@ -34,7 +33,7 @@ def render(program: "Program", *, shapes: bool = True) -> str:
             lines.append(f"return {_argument(node.args[0], labels)}")
             continue
         else:
-            labels[node] = f"%{len(lines)}"
+            labels[node] = f"%{len(lines)}" if numbered else f"%{node.name}"
             left = f"{labels[node]} = {op_name(node.target)}({_arguments(node, labels)})"
         suffix = f" : {describe(node.meta.get('val'), names)}" if shapes else ""
         lines.append(left + suffix)

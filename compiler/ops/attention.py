@@ -14,13 +14,18 @@ A query that sees no key yields zeros.
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
-
 from graphwright.op import Cost, Sample, TensorInfo, op
+from torch import Tensor
 
 
 def visible_keys(
-    query_positions: Tensor, key_positions: Tensor, *, causal: bool, window: int, chunk: int, prefix: int
+    query_positions: Tensor,
+    key_positions: Tensor,
+    *,
+    causal: bool,
+    window: int,
+    chunk: int,
+    prefix: int,
 ) -> Tensor:
     """Bool [B|1, S, T] from positions [B|1, S] and [B|1, T]: which key each query may see."""
     query = query_positions[:, :, None]
@@ -96,9 +101,7 @@ def attention(
     if alibi_slopes is not None:
         distance = (key_at[:, None, :] - query_at[:, :, None]).float()
         scores = scores + alibi_slopes.float()[None, :, None, None] * distance[:, None]
-    visible = visible_keys(
-        query_at, key_at, causal=causal, window=window, chunk=chunk, prefix=prefix
-    )[:, None]
+    visible = visible_keys(query_at, key_at, causal=causal, window=window, chunk=chunk, prefix=prefix)[:, None]
     scores = scores.masked_fill(~visible, float("-inf"))
     if sinks is not None:
         sink = sinks.float()[None, :, None, None].expand(batch, heads, length, 1)
@@ -147,6 +150,4 @@ def _samples(dtype: torch.dtype) -> Iterator[Sample]:
         (query, key, value, query_at, key_at, None, slopes, None, 0.3, True),
         note="left padding, alibi, a row that sees nothing",
     )
-    yield Sample(
-        (query, key, value, query_at, key_at, bias, None, sinks, 0.3, True), note="bias and sinks"
-    )
+    yield Sample((query, key, value, query_at, key_at, bias, None, sinks, 0.3, True), note="bias and sinks")

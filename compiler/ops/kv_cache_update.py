@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
-
 from graphwright.op import Cost, Sample, TensorInfo, op
+from torch import Tensor
 
 
 @op(mutates=("cache",))

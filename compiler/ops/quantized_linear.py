@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
-from torch.nn import functional
-
 from graphwright import packing
 from graphwright.op import Cost, Sample, TensorInfo, op
+from torch import Tensor
+from torch.nn import functional
 
 
 @op
@@ -20,7 +19,7 @@ def quantized_linear(
     bits: int,
     group_size: int,
 ) -> Tensor:
-    """x @ dequantize(weight).T + bias, in the dtype of `x`.
+    """X @ dequantize(weight).T + bias, in the dtype of `x`.
 
     Args:
         x: [..., K], floating point.
@@ -50,7 +49,13 @@ def _cost(x: TensorInfo, weight: TensorInfo, *_rest: object, **_more: object) ->
 
 @quantized_linear.samples
 def _samples(dtype: torch.dtype) -> Iterator[Sample]:
-    for bits, group_size, asymmetric in ((8, 96, False), (4, 32, False), (4, 32, True), (4, 64, True), (8, 64, True)):
+    for bits, group_size, asymmetric in (
+        (8, 96, False),
+        (4, 32, False),
+        (4, 32, True),
+        (4, 64, True),
+        (8, 64, True),
+    ):
         for rows in ((1, 1), (2, 5), (3, 1)):
             features, outputs = 96, 40
             groups = -(-features // group_size)

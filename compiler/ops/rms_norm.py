@@ -3,14 +3,13 @@
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
-
 from graphwright.op import Cost, Sample, TensorInfo, op
+from torch import Tensor
 
 
 @op
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool = False) -> Tensor:
-    """x / sqrt(mean(x²) + eps) * weight over the last dimension, computed in float32.
+    """X / sqrt(mean(x²) + eps) * weight over the last dimension, computed in float32.
 
     Args:
         x: [..., K].
@@ -41,7 +40,13 @@ def _samples(dtype: torch.dtype) -> Iterator[Sample]:
     for shape in ((2, 3, 8), (1, 1, 576), (5, 7), (2, 4, 3, 80)):
         weight = torch.randn(shape[-1], dtype=dtype)
         yield Sample((torch.randn(shape, dtype=dtype), weight, 1e-6), note=f"shape {shape}")
-    yield Sample((torch.randn(2, 5, 96, dtype=dtype), torch.randn(96, dtype=dtype), 1e-5, True), note="1 + weight")
+    yield Sample(
+        (torch.randn(2, 5, 96, dtype=dtype), torch.randn(96, dtype=dtype), 1e-5, True),
+        note="1 + weight",
+    )
     yield Sample((torch.randn(2, 5, 96, dtype=dtype), None, 1e-5), note="no gain")
     yield Sample((torch.zeros(1, 4, dtype=dtype), torch.ones(4, dtype=dtype), 1e-6), note="zero row")
-    yield Sample((torch.full((1, 4), 3e4, dtype=dtype), torch.ones(4, dtype=dtype), 1e-6), note="x² overflows fp16")
+    yield Sample(
+        (torch.full((1, 4), 3e4, dtype=dtype), torch.ones(4, dtype=dtype), 1e-6),
+        note="x² overflows fp16",
+    )

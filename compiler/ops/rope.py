@@ -3,15 +3,12 @@
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
-
 from graphwright.op import Cost, Sample, TensorInfo, op
+from torch import Tensor
 
 
 @op
-def rope(
-    x: Tensor, positions: Tensor, inv_freq: Tensor, scaling: float = 1.0, interleaved: bool = False
-) -> Tensor:
+def rope(x: Tensor, positions: Tensor, inv_freq: Tensor, scaling: float = 1.0, interleaved: bool = False) -> Tensor:
     """Rotates pairs of channels of `x` by position * inv_freq; the table is computed in float32.
 
     Args:
@@ -49,7 +46,12 @@ def _fake(x: Tensor, *_rest: object, **_more: object) -> Tensor:
 
 @rope.samples
 def _samples(dtype: torch.dtype) -> Iterator[Sample]:
-    for heads, length, head_dim, rotary in ((3, 7, 64, 64), (1, 1, 80, 80), (2, 5, 96, 24), (2, 3, 8, 2)):
+    for heads, length, head_dim, rotary in (
+        (3, 7, 64, 64),
+        (1, 1, 80, 80),
+        (2, 5, 96, 24),
+        (2, 3, 8, 2),
+    ):
         inv_freq = 10000.0 ** -(torch.arange(0, rotary, 2) / rotary)
         x = torch.randn(2, heads, length, head_dim, dtype=dtype)
         positions = torch.randint(0, 2000, (2, length))

@@ -70,7 +70,8 @@ def build(name: str, seed: int = 0, **config_overrides: Any) -> transformers.Pre
     if model.can_generate():
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = PAD_TOKEN_ID
-    return model.eval()
+    built: transformers.PreTrainedModel = model.eval()
+    return built
 
 
 def example_inputs(

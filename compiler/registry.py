@@ -1,0 +1,84 @@
+"""Finding techniques and backends by file name, importing them on demand.
+
+A pass called `rtn` is the class with `name = "rtn"` in `graphwright/passes/<family>/rtn.py`. There is no list to
+edit and nothing happens on import.
+"""
+
+import functools
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from graphwright.errors import BackendError, RecipeError, nearest
+
+if TYPE_CHECKING:
+    from graphwright.backend import Backend
+    from graphwright.pass_ import Pass
+
+PASSES, BACKENDS = "graphwright.passes", "graphwright.backends"
+
+
+@functools.cache
+def pass_files() -> dict[str, str]:
+    """Module path of every pass, by the pass's name."""
+    return {
+        module.rpartition(".")[2]: module
+        for module in _modules(PASSES)
+        if not module.rpartition(".")[2].startswith("_")
+    }
+
+
+def pass_class(name: str) -> "type[Pass]":
+    """The pass called `name`.
+
+    Raises:
+        RecipeError: there is none; the nearest name is given.
+    """
+    files = pass_files()
+    if name not in files:
+        raise RecipeError(f"Unknown pass {name!r}", fix=nearest(name, files))
+    module = importlib.import_module(files[name])
+    for value in vars(module).values():
+        if getattr(value, "name", None) == name and isinstance(value, type):
+            return value
+    raise RecipeError(f"{files[name]} defines no pass called {name!r}", fix="Set name = the file's name")
+
+
+def all_passes() -> "dict[str, type[Pass]]":
+    """Every pass by name."""
+    return {name: pass_class(name) for name in sorted(pass_files())}
+
+
+def providers(prop: str) -> "list[type[Pass]]":
+    """Passes that provide a property."""
+    return [cls for cls in all_passes().values() if prop in cls.provides]
+
+
+@functools.cache
+def backend_names() -> tuple[str, ...]:
+    """Names of the installed backends: the sub-packages of `graphwright.backends`."""
+    root = importlib.import_module(BACKENDS)
+    return tuple(sorted(info.name for info in pkgutil.iter_modules(root.__path__) if info.ispkg))
+
+
+def backend(name: str) -> "Backend":
+    """The backend called `name`.
+
+    Raises:
+        BackendError: there is none; the nearest name is given.
+    """
+    if name not in backend_names():
+        raise BackendError(f"Unknown backend {name!r}", fix=nearest(name, backend_names()))
+    module: Any = importlib.import_module(f"{BACKENDS}.{name}")
+    made: Backend = module.BACKEND
+    return made
+
+
+def _modules(package: str) -> list[str]:
+    root: ModuleType = importlib.import_module(package)
+    found = []
+    for info in pkgutil.walk_packages(root.__path__, prefix=f"{package}."):
+        if not info.ispkg:
+            found.append(info.name)
+    return sorted(found)

@@ -1,0 +1,136 @@
+"""The machines a program can be compiled for: features, memory and peak rates, as one table.
+
+    Target.parse("cpu")             the machine at hand
+    Target.parse("cuda:sm_90")      a GPU by its architecture
+
+Peak rates are the vendors' dense figures for one device and serve estimates only; for `cpu` they come from the
+number of cores and the instruction set found here.
+"""
+
+import functools
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from graphwright.errors import TargetError, nearest
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of machine.
+
+    Attributes:
+        name: as the user writes it.
+        kind: `cpu`, `cuda` or `rocm`.
+        arch: `x86_64`, `aarch64`, `sm_90`, `gfx942` …
+        features: instruction set extensions that matter to kernels.
+        memory_bytes: device memory.
+        bandwidth: bytes per second from device memory.
+        flops: peak operations per second by dtype name.
+        backend: the backend that lowers for it unless the user names another.
+    """
+
+    name: str
+    kind: str
+    arch: str
+    features: tuple[str, ...] = ()
+    memory_bytes: int = 0
+    bandwidth: float = 0.0
+    flops: dict[str, float] = field(default_factory=dict)
+    backend: str = ""
+
+    @staticmethod
+    def parse(text: str) -> "Target":
+        """The target called `text`.
+
+        Raises:
+            TargetError: unknown, with the nearest known name.
+        """
+        if text == "cpu":
+            return host()
+        if text in GPUS:
+            return GPUS[text]
+        raise TargetError(f"Unknown target {text!r}", fix=nearest(text, known_targets()))
+
+
+def known_targets() -> list[str]:
+    """Names of all targets."""
+    return ["cpu", *GPUS]
+
+
+def _gpu(
+    name: str,
+    gigabytes: int,
+    terabytes_per_second: float,
+    fp16: float,
+    int8: float,
+    fp8: float = 0.0,
+) -> Target:
+    kind, arch = name.split(":")
+    rates = {
+        "float16": fp16 * 1e12,
+        "bfloat16": fp16 * 1e12,
+        "int8": int8 * 1e12,
+        "float32": fp16 * 1e12 / 8,
+    }
+    if fp8:
+        rates["float8_e4m3fn"] = fp8 * 1e12
+    return Target(name, kind, arch, (), gigabytes << 30, terabytes_per_second * 1e12, rates)
+
+
+GPUS = {
+    target.name: target
+    for target in (
+        _gpu("cuda:sm_80", 80, 2.04, 312, 624),
+        _gpu("cuda:sm_89", 24, 1.01, 165, 661, 661),
+        _gpu("cuda:sm_90", 80, 3.35, 989, 1979, 1979),
+        _gpu("cuda:sm_100", 192, 8.0, 2250, 4500, 4500),
+        _gpu("cuda:sm_120", 32, 1.79, 210, 838, 838),
+        _gpu("rocm:gfx90a", 64, 1.6, 191, 191),
+        _gpu("rocm:gfx942", 192, 5.3, 1307, 2615, 2615),
+        _gpu("rocm:gfx950", 288, 8.0, 2300, 4600, 4600),
+        _gpu("rocm:gfx1100", 24, 0.96, 123, 123),
+    )
+}
+"""GPU targets: memory in GiB, bandwidth in TB/s, dense fp16, int8 and fp8 rates in tera-operations per second."""
+
+CPU_FEATURES = (
+    "avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16",
+    "asimd", "asimddp", "i8mm", "sve",
+)  # fmt: skip
+
+BANDWIDTH_PER_CORE = 10.5e9
+"""Bytes per second that one core reads from DRAM, an estimate where no measurement is given."""
+
+
+@functools.cache
+def host() -> Target:
+    """The CPU of this machine."""
+    features = cpu_features()
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    frequency = psutil.cpu_freq()
+    hertz = (frequency.max or frequency.current) * 1e6 if frequency else 2.5e9
+    lanes = 16 if "avx512f" in features else 8 if "avx2" in features else 4
+    fp32 = cores * hertz * lanes * 2 * 2
+    int8 = fp32 * 4 if {"avx512_vnni", "avx_vnni", "asimddp"} & set(features) else fp32
+    return Target(
+        name="cpu",
+        kind="cpu",
+        arch=os.uname().machine,
+        features=features,
+        memory_bytes=psutil.virtual_memory().total,
+        bandwidth=BANDWIDTH_PER_CORE * min(cores, 8),
+        flops={"float32": fp32, "bfloat16": fp32, "int8": int8},
+        backend="inductor",
+    )
+
+
+def cpu_features() -> tuple[str, ...]:
+    """The instruction set extensions of this CPU among those that kernels care about."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ()
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "").split()
+    return tuple(feature for feature in CPU_FEATURES if feature in flags)
