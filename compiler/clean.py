@@ -3,6 +3,8 @@
     no-op casts, moves, aliases, clones, dropout(p=0), metadata asserts    gone
     to.device, to.dtype_layout, type_as, _to_copy, float …                 to.dtype, only where the dtype changes
     view, _unsafe_view, contiguous                                         reshape, nothing
+    baddbmm(c, a, b, beta, alpha)                                          bmm(a, b) * alpha + c * beta
+    einsum of a batched product, "bhid,bhjd->bhij"                         matmul, of a transpose
     __and__, bitwise_and, logical_and on bool                              logical_and    (the same for or, not)
     equal nodes with equal arguments, weights read twice                   one node
     dead nodes                                                             gone
@@ -96,6 +98,46 @@ def _simplify(node: fx.Node, module: fx.GraphModule) -> None:
         node.target = BOOLEAN[node.target]
     elif node.target is operator.getitem and isinstance(node.args[0], (list, tuple)):
         node.replace_all_uses_with(node.args[0][node.args[1]])
+    elif node.target is aten.baddbmm.default:
+        _split_baddbmm(node, module)
+    elif node.target is aten.einsum.default:
+        _split_einsum(node, module)
+
+
+def _insert(node: fx.Node, module: fx.GraphModule, target: Any, *args: Any) -> fx.Node:
+    """A call before `node` that comes from the same place."""
+    with module.graph.inserting_before(node):
+        new = module.graph.call_function(target, args)
+    new.meta = {**node.meta, "val": compute(new, mode_of(module.graph), module)}
+    return new
+
+
+def _split_baddbmm(node: fx.Node, module: fx.GraphModule) -> None:
+    """Writes baddbmm as product, scale and sum; its shape function moreover fails on symbolic sizes (torch 2.13)."""
+    added, left, right = node.args[:3]
+    beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+    product = _insert(node, module, aten.bmm.default, left, right)
+    if alpha != 1:
+        product = _insert(node, module, aten.mul.Tensor, product, alpha)
+    if beta not in (0, 1):
+        added = _insert(node, module, aten.mul.Tensor, added, beta)
+    node.replace_all_uses_with(_insert(node, module, aten.add.Tensor, product, added) if beta else product)
+
+
+def _split_einsum(node: fx.Node, module: fx.GraphModule) -> None:
+    """Writes an einsum of two operands as a matmul, if all dimensions but the last two are a common batch."""
+    equation, operands = node.args[:2]
+    inputs, _, result = equation.replace(" ", "").partition("->")
+    left, _, right = inputs.partition(",")
+    same_batch = left[:-2] == right[:-2] == result[:-2] and len(left) == len(right) == len(result) > 2
+    letters = {left[-2:-1], left[-1:], *right[-2:]} - set(left[:-2])
+    if not same_batch or len(operands) != 2 or len(letters) != 3 or result[-2:-1] != left[-2:-1]:
+        return
+    if right[-1] == left[-1] and result[-1] == right[-2]:
+        transposed = _insert(node, module, aten.transpose.int, operands[1], -2, -1)
+        node.replace_all_uses_with(_insert(node, module, aten.matmul.default, operands[0], transposed))
+    elif right[-2] == left[-1] and result[-1] == right[-1]:
+        node.replace_all_uses_with(_insert(node, module, aten.matmul.default, *operands))
 
 
 def _is_idle_dropout(node: fx.Node) -> bool:

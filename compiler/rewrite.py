@@ -15,7 +15,8 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from graphwright import clean
+from graphwright import clean, shapes
+from graphwright.contract import Dim, InputSpec, StateSpec
 from graphwright.errors import PassError
 from graphwright.match import Match, NoMatch, Pattern, match
 from graphwright.op import Op
@@ -173,7 +174,9 @@ def run_nodes(program: Program, outputs: list[fx.Node], bound: dict[fx.Node, Any
         PassError: an output depends on a placeholder that is not bound.
     """
     values = dict(bound)
-    for node in _needed(outputs, bound):
+    needed = _needed(outputs, bound)
+    last_use = {source: node for node in needed for source in node.all_input_nodes}
+    for node in needed:
         if node.op == "placeholder":
             raise PassError(f"{outputs[0].name} depends on the input {node.target}, which has no value here")
         if node.op == "get_attr":
@@ -182,6 +185,9 @@ def run_nodes(program: Program, outputs: list[fx.Node], bound: dict[fx.Node, Any
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
         with torch.no_grad():
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        for source in node.all_input_nodes:
+            if last_use[source] is node and source not in outputs:
+                values.pop(source)  # masks of long sequences are large
     return [values[node] for node in outputs]
 
 
@@ -196,6 +202,39 @@ def _needed(outputs: list[fx.Node], bound: dict[fx.Node, Any]) -> list[fx.Node]:
         needed.add(node)
         stack.extend(source for source in node.all_input_nodes if source not in bound)
     return [node for node in outputs[0].graph.nodes if node in needed]
+
+
+def extend_contract(
+    program: Program,
+    *,
+    inputs: tuple[InputSpec, ...] = (),
+    state: tuple[StateSpec, ...] = (),
+    dims: tuple[Dim, ...] = (),
+    drop: tuple[str, ...] = (),
+) -> dict[str, fx.Node]:
+    """Adds inputs and state to `program` in place, and drops inputs that nothing reads any more.
+
+    Shapes of all nodes are recomputed, with the new dimensions among the symbols.
+
+    Returns:
+        All placeholders by name.
+    """
+    contract, graph = program.contract, program.graph
+    nodes = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
+    for name in drop:
+        graph.erase_node(nodes.pop(name))
+    kept = tuple(spec for spec in contract.inputs if spec.name not in drop)
+    program.contract = contract.with_(
+        inputs=kept + inputs, state=contract.state + state, dims=contract.dims + dims
+    )
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    for spec in (*inputs, *state):
+        with graph.inserting_before(first):
+            nodes[spec.name] = graph.placeholder(spec.name)
+    for name in program.contract.names:
+        first.prepend(nodes[name])
+    shapes.propagate(program.module, program.contract)
+    return nodes
 
 
 def describe(node: fx.Node) -> str:

@@ -8,7 +8,7 @@ their positions, so padding, ragged batches and caches with arbitrary slot order
                 and |q - k| < window               if window     (causal: the last `window` keys, self included)
                 and q // chunk == k // chunk       if chunk
 
-A query that sees no key yields zeros.
+A query that sees no key yields zeros; a bias of -inf hides a key as well.
 """
 
 from collections.abc import Iterator
@@ -107,8 +107,7 @@ def attention(
         sink = sinks.float()[None, :, None, None].expand(batch, heads, length, 1)
         weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :keys]
     else:
-        weights = scores.softmax(-1)
-    weights = weights.masked_fill(~visible, 0.0)
+        weights = torch.ops.aten._safe_softmax.default(scores, -1)
     grouped_weights = weights.unflatten(1, (kv_heads, groups))
     return (grouped_weights @ value.float().unsqueeze(2)).flatten(1, 2).to(query.dtype)
 

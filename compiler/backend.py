@@ -1,0 +1,88 @@
+"""What a backend is: it says which nodes it can lower for a target, and turns a program into something that runs.
+
+A backend is a sub-package of `graphwright.backends` with a `BACKEND`; its name is the package's. `compile` writes
+every file that a fresh process needs into a directory and returns the executable; `load` makes the same executable
+from those files and the program's weights, without the graph.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, fx
+
+from graphwright.contract import Contract
+from graphwright.program import Program
+from graphwright.target import Target
+from graphwright.text import op_name
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the fraction of the whole that is finished."""
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a node is lowered to the backend's own code, and if not, what happens instead."""
+
+    ok: bool
+    reason: str = ""
+
+
+class Executable(Protocol):
+    """A compiled program. Inputs and state by name; state is written in place."""
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Runs it once."""
+        ...
+
+
+class Backend(Protocol):
+    """Lowers programs for some kinds of target."""
+
+    name: str
+    kinds: tuple[str, ...]
+
+    def supports(self, node: fx.Node, target: Target) -> Support:
+        """Whether `node` becomes the backend's own code on `target`."""
+        ...
+
+    def compile(self, program: Program, target: Target, directory: Path, progress: Progress) -> Executable:
+        """Compiles `program`, writing what `load` needs into the existing `directory`.
+
+        Raises:
+            BackendError: the program cannot be lowered; the node and the reason are named.
+        """
+        ...
+
+    def load(
+        self, contract: Contract, weights: Mapping[str, Tensor], target: Target, directory: Path
+    ) -> Executable:
+        """The executable from the files in `directory` and the weights by name, which are shared, not copied."""
+        ...
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a program a backend lowers itself; the rest falls back, and is listed with reasons."""
+
+    lowered: dict[str, int] = field(default_factory=dict)
+    fallbacks: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the report."""
+        return {"lowered": self.lowered, "fallbacks": self.fallbacks, "reasons": self.reasons}
+
+
+def coverage(program: Program, backend: Backend, target: Target) -> Coverage:
+    """Asks the backend about every call of the program and counts the answers by op."""
+    found = Coverage()
+    for node in program.calls():
+        support = backend.supports(node, target)
+        name = op_name(node.target)
+        counts = found.lowered if support.ok else found.fallbacks
+        counts[name] = counts.get(name, 0) + 1
+        if not support.ok:
+            found.reasons[name] = support.reason
+    return found
