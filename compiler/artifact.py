@@ -25,13 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from graphwright.errors import ArtifactError
 from graphwright.target import Target
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-
 
 
 @dataclass(frozen=True)
@@ -186,6 +184,4 @@ def digest(path: Path) -> str:
 
 def version() -> str:
     """The installed version of graphwright."""
-
-
     return metadata.version("graphwright")

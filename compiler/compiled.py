@@ -1,31 +1,275 @@
 """The compiler's one chain, and what it returns.
 
-    compiled = compile(model, recipe="int4", target="cpu")
-    print(compiled.generate("The capital of France is", max_new_tokens=20))
-    compiled.save("smollm2-int4");  compiled = load("smollm2-int4")
+compiled = compile(model, recipe="int4", target="cpu")
+print(compiled.generate("The capital of France is", max_new_tokens=20).texts[0])
+compiled.save("smollm2-int4")
+compiled = load("smollm2-int4")
 """
 
+import resource
 import shutil
 import tempfile
-from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from graphwright import artifact, registry
 from graphwright.backend import Backend, Executable, Progress, coverage
 from graphwright.capture import DimNames, capture
-from graphwright.contract import Contract
-from graphwright.engine.generate import Generator
+from graphwright.engine.generate import GenerationResult, Generator
+from graphwright.engine.tokenizer import Tokenizer
 from graphwright.errors import BackendError
+from graphwright.feeding import token_inputs
 from graphwright.manager import Observer, PassManager, plan_passes
 from graphwright.pass_ import Context
-from graphwright.program import Metadata, Program, load_weights
+from graphwright.program import Program, load_weights
 from graphwright.recipe import Recipe
-from graphwright.report.collect import Recorder, Report
-from graphwright.sources import Source, open_model
+from graphwright.report.collect import Report, collect
+from graphwright.report.html import render
+from graphwright.rewrite import Fuel
+from graphwright.sources import open_model
 from graphwright.target import Target
+from torch import Tensor, nn
+
+KERNELS, TOKENIZER = "kernels", "tokenizer"
+
+
+def _silent(_text: str, _fraction: float) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """How to compile, besides what to do.
+
+    Attributes:
+        backend: the backend's name; empty for the target's own.
+        verify: compare numbers after every pass.
+        seed: seeds everything random.
+        calibration: token batches on which approximate passes are measured.
+        dump: directory for the text of every stage.
+        observers: called after each pass.
+        progress: called with what is being done and the finished fraction.
+        fuel: the number of rewrites that may happen, None for all.
+    """
+
+    backend: str = ""
+    verify: bool = True
+    seed: int = 0
+    calibration: tuple[dict[str, Tensor], ...] = ()
+    dump: Path | None = None
+    observers: tuple[Observer, ...] = ()
+    progress: Progress = _silent
+    fuel: int | None = None
+
+
+def rewrite(program: Program, recipe: Recipe, target: Target, options: CompileOptions | None = None) -> Program:
+    """Raises `program` and runs the recipe's passes over it; `program` itself is not changed.
+
+    Raises:
+        PassError: a pass failed, or broke what it promises.
+    """
+    options = options or CompileOptions()
+    context = Context(
+        target=target,
+        seed=options.seed,
+        fuel=Fuel(options.fuel),
+        calibration=list(options.calibration),
+        progress=options.progress,
+    )
+    manager = PassManager(context, recipe.budget, verify=options.verify, observers=options.observers, dump=options.dump)
+    return manager.run(program, plan_passes(recipe, program))
+
+
+def compile(
+    model: Any,
+    recipe: str | Path | Mapping[str, Any] | Recipe = "fp32",
+    target: str | Target = "cpu",
+    *,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    dims: DimNames | None = None,
+    options: CompileOptions | None = None,
+    **changes: Any,
+) -> "Compiled":
+    """Captures, raises, rewrites and lowers a model.
+
+    Args:
+        model: an `nn.Module`, a `Program`, or what `graphwright.sources.open_model` reads: a Hugging Face directory,
+            a GGUF file, a hub id, or `package.module:factory`.
+        recipe: a preset's name, a YAML file, plain data, or a `Recipe`.
+        target: a target's name.
+        example_inputs: for modules that are not language models, see `capture`.
+        dims: symbolic dimensions, see `capture`.
+        options: how to compile; keyword arguments replace single fields of it.
+
+    Raises:
+        GraphwrightError: the model, recipe or target is wrong, or a stage failed. Nothing is written.
+    """
+    options = replace(options or CompileOptions(), **changes)
+    wanted = Recipe.load(recipe)
+    machine = target if isinstance(target, Target) else Target.parse(target)
+    lowering = backend_for(machine, options.backend)
+    plan_passes(wanted)
+    seconds: dict[str, float] = {}
+    tokenizer = None
+    with _timed(seconds, "capture"):
+        options.progress("capture", 0.0)
+        if isinstance(model, Program):
+            captured = model
+        else:
+            source = open_model(model)
+            tokenizer = source.tokenizer_directory
+            inputs = example_inputs if example_inputs is not None else source.example_inputs
+            captured = capture(source.model, inputs, dims=dims)
+            metadata = captured.metadata.with_(name=source.name or captured.metadata.name)
+            captured = captured.with_(metadata=metadata)
+            # The caller may hold the model; the compiler must not, or its weights would outlive their rewriting.
+            del source
+    with _timed(seconds, "rewrite"):
+        before = shape_only(captured)
+        rewritten = rewrite(captured, wanted, machine, options)
+        del captured, model
+    workspace = tempfile.TemporaryDirectory(prefix="graphwright-")
+    folder = Path(workspace.name)
+    if tokenizer:
+        shutil.copytree(tokenizer, folder / TOKENIZER)
+    with _timed(seconds, "lower"):
+        kernels = folder / KERNELS
+        kernels.mkdir()
+        executable = lowering.compile(rewritten, machine, kernels, options.progress)
+    report = collect(
+        before,
+        rewritten,
+        recipe=wanted,
+        target=machine,
+        backend=lowering.name,
+        coverage=coverage(rewritten, lowering, machine).to_json(),
+        seconds=seconds,
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+    return Compiled(rewritten, executable, machine, lowering.name, wanted, folder, report, workspace)
+
+
+def load(directory: Path | str, *, target: str | Target = "cpu") -> "Compiled":
+    """Loads a saved artifact; needs neither `transformers` nor the model's code.
+
+    Raises:
+        ArtifactError: the artifact is damaged, or was made for another target or version.
+    """
+    folder = Path(directory)
+    machine = target if isinstance(target, Target) else Target.parse(target)
+    manifest = artifact.verify(folder, machine)
+    weights = load_weights(folder / "weights.safetensors")
+    program = Program.load(folder, weights)
+    executable = registry.backend(manifest.backend).load(program.contract, weights, machine, folder / KERNELS)
+    report = Report.load(folder / "report.json")
+    recipe = Recipe.load(manifest.recipe)
+    return Compiled(program, executable, machine, manifest.backend, recipe, folder, report)
+
+
+def backend_for(target: Target, name: str = "") -> Backend:
+    """The backend called `name`, or the target's own.
+
+    Raises:
+        BackendError: there is none for this kind of target.
+    """
+    chosen = name or target.backend
+    if not chosen:
+        raise BackendError(
+            f"No backend of this version compiles for {target.name}", fix="Compile for cpu, which runs everywhere"
+        )
+    backend = registry.backend(chosen)
+    if target.kind not in backend.kinds:
+        raise BackendError(
+            f"Backend {chosen} compiles for {', '.join(backend.kinds)}, and {target.name} is {target.kind}"
+        )
+    return backend
+
+
+@dataclass
+class Compiled:
+    """A compiled program with its weights, ready to run, generate and be saved."""
+
+    program: Program
+    executable: Executable
+    target: Target
+    backend: str
+    recipe: Recipe
+    folder: Path
+    report: Report
+    _workspace: Any = field(default=None, repr=False)
+    _generator: Generator | None = field(default=None, repr=False)
+
+    def __call__(self, **tensors: Tensor) -> tuple[Tensor, ...]:
+        """Runs the program once; inputs and state by name, state is written in place.
+
+        Raises:
+            GraphwrightError: a missing input, or one of the wrong dtype or shape.
+        """
+        self.program.contract.check(tensors)
+        return self.executable(tensors)
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits [B, S, vocabulary] of one whole forward over tokens with right padding."""
+        return self(**token_inputs(self.program, input_ids, attention_mask))[0]
+
+    @property
+    def generator(self) -> Generator:
+        """The engine over this program."""
+        if self._generator is None:
+            folder = self.folder / TOKENIZER
+            tokenizer = Tokenizer(folder) if folder.is_dir() else None
+            self._generator = Generator(self.executable, self.program.contract, self.program.metadata, tokenizer)
+        return self._generator
+
+    def generate(self, prompts: Any, **options: Any) -> GenerationResult:
+        """Continues prompts; see `graphwright.engine.generate.Generator.generate`."""
+        return self.generator.generate(prompts, **options)
+
+    def stream(self, prompt: Any, **options: Any) -> Iterator[Any]:
+        """Continues one prompt, piece by piece; see `Generator.stream`."""
+        return self.generator.stream(prompt, **options)
+
+    def save(self, directory: Path | str, *, overwrite: bool = False) -> Path:
+        """Writes the artifact, all of it or nothing.
+
+        Raises:
+            ArtifactError: the directory exists and may not be overwritten, or cannot be written.
+        """
+        final = Path(directory)
+        with artifact.atomic_directory(final, overwrite=overwrite) as work:
+            self.program.save(work)
+            for part in (KERNELS, TOKENIZER):
+                if (self.folder / part).is_dir():
+                    shutil.copytree(self.folder / part, work / part)
+            self.report.artifact_bytes = sum(f.stat().st_size for f in work.rglob("*") if f.is_file())
+            self.report.save(work / "report.json")
+            (work / "report.html").write_text(render(self.report))
+            artifact.write_manifest(work, self.target, self.backend, self.recipe.to_data())
+        return final
+
+
+def shape_only(program: Program) -> Program:
+    """A clone whose weights are on the meta device: enough to report on, and no memory."""
+    clone = program.clone()
+    for prefix, part in clone.module.named_modules():
+        del prefix
+        for store in (part._parameters, part._buffers):
+            for name, tensor in list(store.items()):
+                if tensor is not None:
+                    meta = tensor.detach().to("meta")
+                    store[name] = nn.Parameter(meta, requires_grad=False) if store is part._parameters else meta
+    return clone
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - started
+
+
+__all__ = ["CompileOptions", "Compiled", "compile", "load", "rewrite", "shape_only"]

@@ -76,7 +76,7 @@ class Editor:
         self.program.graph.eliminate_dead_code(is_impure_node=clean.is_impure)
         if kind is None:
             self.program.graph.lint()
-        self.program.module.delete_all_unused_submodules()
+        drop_unused_weights(self.program)
         self.program.module.recompile()
 
     def allow(self, node: fx.Node) -> bool:
@@ -99,8 +99,12 @@ class Editor:
         """Stores `tensor` under a free name derived from `name` and reads it just before `before`."""
         free = self._free_name(name)
         set_attribute(self.program.module, free, tensor.detach())
+        return self.read(free, before)
+
+    def read(self, name: str, before: fx.Node) -> fx.Node:
+        """A node that reads the weight called `name` just before `before`."""
         with self.program.graph.inserting_before(before):
-            node = self.program.graph.create_node("get_attr", free)
+            node = self.program.graph.create_node("get_attr", name)
         node.meta["val"] = compute(node, self._mode, self.program.module)
         node.meta["origin"] = self.origin
         return node
@@ -109,6 +113,10 @@ class Editor:
         """Lets every user of `node` read `new` instead, and counts a site."""
         node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         self._replaced.add(node)
+        self.sites.append(Site(node.name, note))
+
+    def note(self, node: fx.Node, note: str) -> None:
+        """Counts a site whose node stays, such as a weight with new values."""
         self.sites.append(Site(node.name, note))
 
     def _free_name(self, name: str) -> str:
@@ -120,6 +128,17 @@ class Editor:
                 return candidate
             count += 1
             candidate = f"{name}_{count}"
+
+
+def drop_unused_weights(program: Program) -> None:
+    """Lets go of tensors and submodules that the graph does not read any more, so that their memory is freed."""
+    module, used = program.module, {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
+    module.delete_all_unused_submodules()
+    for prefix, part in list(module.named_modules()):
+        for name in [*part._buffers, *part._parameters]:
+            if f"{prefix}.{name}".lstrip(".") not in used:
+                part._buffers.pop(name, None)
+                part._parameters.pop(name, None)
 
 
 @dataclass(frozen=True)
@@ -224,9 +243,7 @@ def extend_contract(
     for name in drop:
         graph.erase_node(nodes.pop(name))
     kept = tuple(spec for spec in contract.inputs if spec.name not in drop)
-    program.contract = contract.with_(
-        inputs=kept + inputs, state=contract.state + state, dims=contract.dims + dims
-    )
+    program.contract = contract.with_(inputs=kept + inputs, state=contract.state + state, dims=contract.dims + dims)
     first = next(node for node in graph.nodes if node.op != "placeholder")
     for spec in (*inputs, *state):
         with graph.inserting_before(first):

@@ -9,29 +9,17 @@ picks positions of the input sequence: one for generation, all for perplexity, a
 """
 
 import torch
+from graphwright import structure
 from graphwright.contract import Dim, InputSpec
 from graphwright.errors import PassError
 from graphwright.feeding import logits_of
 from graphwright.numerics import relative_error
-from graphwright.ops import quantized_linear
 from graphwright.pass_ import Context, Pass, PassResult
 from graphwright.program import Program
-from graphwright.rewrite import Editor, Site, describe, extend_contract
+from graphwright.rewrite import Editor, extend_contract
 from torch import fx
 
 aten = torch.ops.aten
-
-HEADS = {aten.linear.default, quantized_linear.target}
-
-POINTWISE = {
-    aten.mul.Tensor,
-    aten.div.Tensor,
-    aten.tanh.default,
-    aten.add.Tensor,
-    aten.sub.Tensor,
-    aten.to.dtype,
-}
-"""What may stand between the head and the output: it treats every position alike."""
 
 
 class SelectLogits(Pass):
@@ -48,7 +36,12 @@ class SelectLogits(Pass):
         Raises:
             PassError: the first output is not a projection of hidden states.
         """
-        head = _head(program)
+        head = structure.head(program)
+        if head is None:
+            raise PassError(
+                "The first output is not a vocabulary projection of hidden states [batch, sequence, features]",
+                fix="Use a recipe without select_logits",
+            )
         inputs = extend_contract(
             program,
             inputs=(InputSpec("logit_index", torch.int64, ("batch", "logits"), "logit_index"),),
@@ -61,7 +54,7 @@ class SelectLogits(Pass):
             index = editor.call(aten.expand.default, index, [-1, -1, width], before=head)
             chosen = editor.call(aten.gather.default, hidden, 1, index, before=head)
             head.args = (chosen, *head.args[1:])
-            editor.sites.append(Site(head.name))
+            editor.note(head, "head")
         extend_contract(program)
         return PassResult(program, editor.sites)
 
@@ -71,19 +64,3 @@ class SelectLogits(Pass):
         high = max(token.high, 2) if token else 2
         ids = torch.randint(0, high, (2, 5), generator=context.generator())
         return relative_error(logits_of(after, ids), logits_of(before, ids))
-
-
-def _head(program: Program) -> fx.Node:
-    node = program.graph.output_node().args[0][0]  # type: ignore[index]
-    while isinstance(node, fx.Node) and node.target in POINTWISE:
-        sources = [n for n in node.all_input_nodes if n.op != "get_attr"]
-        if len(sources) != 1:
-            break
-        node = sources[0]
-    if not isinstance(node, fx.Node) or node.target not in HEADS or node.meta["val"].dim() != 3:
-        raise PassError(
-            "The first output is not a vocabulary projection of hidden states [batch, sequence, features]",
-            where=describe(node) if isinstance(node, fx.Node) else "",
-            fix="Use a recipe without select_logits",
-        )
-    return node

@@ -41,7 +41,8 @@ class StaticCache(Pass):
     paper = Paper("Efficiently Scaling Transformer Inference", "Pope et al.", 2022, "2211.05102")
     requires = ("attention", "mask", "grouped_heads", "rope")
     provides = ("kv_cache",)
-    conflicts = ()
+    after = ("float_dtype", "merged_linear")
+    conflicts = ("kv_cache",)
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Inserts the caches.
@@ -196,7 +197,9 @@ def _require_causal(program: Program, layers: list[fx.Node]) -> None:
         )
     for node in layers:
         if not argument(node, "causal"):
-            raise PassError("An attention is not causal, so earlier outputs depend on later tokens", where=describe(node))
+            raise PassError(
+                "An attention is not causal, so earlier outputs depend on later tokens", where=describe(node)
+            )
         bias = argument(node, "bias")
         if bias is not None:
             raise PassError(
@@ -248,5 +251,7 @@ def _offset(program: Program, node: fx.Node, user: fx.Node) -> int:
     by_index = torch.equal(padded.expand(2, -1), (steps + offset).expand(2, -1))
     by_count = padded.shape[0] == 2 and torch.equal(padded[left.bool()], counted[left.bool()])
     if not torch.equal(full.expand(2, -1), (steps + offset).expand(2, -1)) or not (by_index or by_count):
-        raise PassError("Positions are not 0, 1, 2 … plus a constant, so they cannot follow a cache", where=describe(user))
+        raise PassError(
+            "Positions are not 0, 1, 2 … plus a constant, so they cannot follow a cache", where=describe(user)
+        )
     return offset
