@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from graphwright.errors import ArtifactError
 from graphwright.target import Target
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor, fx
+
 from graphwright.contract import Contract
 from graphwright.program import Program
 from graphwright.target import Target
 from graphwright.text import op_name
-from torch import Tensor, fx
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction of the whole that is finished."""

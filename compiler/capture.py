@@ -14,12 +14,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, fx, nn
+
 from graphwright import clean
 from graphwright.contract import Contract, Dim, InputSpec, Role
 from graphwright.errors import CaptureError, GraphwrightError
 from graphwright.program import Metadata, Program
 from graphwright.serialize import set_attribute
-from torch import Tensor, fx, nn
 
 DimNames = Mapping[str, Mapping[int, str]]
 

@@ -17,8 +17,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from graphwright.shapes import compute, mode_of
 from torch import Tensor, fx
+
+from graphwright.shapes import compute, mode_of
 
 aten = torch.ops.aten
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from graphwright import artifact, registry
 from graphwright.backend import Backend, Executable, Progress, coverage
 from graphwright.capture import DimNames, capture
@@ -32,7 +34,6 @@ from graphwright.report.html import render
 from graphwright.rewrite import Fuel
 from graphwright.sources import open_model
 from graphwright.target import Target
-from torch import Tensor, nn
 
 KERNELS, TOKENIZER = "kernels", "tokenizer"
 

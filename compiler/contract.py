@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from graphwright.errors import GraphwrightError
 from torch import Tensor
+
+from graphwright.errors import GraphwrightError
 
 Role = Literal["token", "attention_mask", "position", "key_position", "logit_index", "tensor"]
 Shape = tuple[int | str, ...]

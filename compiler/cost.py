@@ -13,11 +13,12 @@ from typing import Any
 
 import sympy
 import torch
+from torch import fx
+
 from graphwright.op import Cost, TensorInfo, op_of
 from graphwright.program import Program
 from graphwright.target import Target
 from graphwright.text import op_name, symbol_names
-from torch import fx
 
 aten = torch.ops.aten
 

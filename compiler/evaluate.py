@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, fx
+
 from graphwright.contract import InputSpec, resolve
 from graphwright.program import Program
 from graphwright.rewrite import run_nodes
 from graphwright.text import symbol_names
-from torch import Tensor, fx
 
 aten = torch.ops.aten
 

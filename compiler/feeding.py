@@ -1,10 +1,11 @@
 """Feeding tokens to a program, whatever its contract: cache-free or with caches, all logits or chosen ones."""
 
 import torch
+from torch import Tensor
+
 from graphwright.contract import InputSpec
 from graphwright.errors import GraphwrightError
 from graphwright.program import Program
-from torch import Tensor
 
 
 def token_inputs(program: Program, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:

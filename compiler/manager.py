@@ -21,6 +21,8 @@ from typing import Any
 
 import networkx
 import torch
+from torch import Tensor
+
 from graphwright import clean, numerics, registry, text
 from graphwright.errors import (
     BudgetError,
@@ -34,7 +36,6 @@ from graphwright.pass_ import Context, Pass, PassResult
 from graphwright.program import PassRecord, Program
 from graphwright.recipe import Budget, Recipe
 from graphwright.rewrite import describe
-from torch import Tensor
 
 RAISING = f"{registry.PASSES}.raise_."
 
@@ -118,6 +119,7 @@ class PassManager:
         verify: whether to compare numbers after each pass.
         observers: called after each pass.
         dump: directory for the text of each stage, or None.
+        stop_when_empty: run no further pass once the context's fuel is spent, as bisect wants.
     """
 
     context: Context
@@ -125,6 +127,7 @@ class PassManager:
     verify: bool = True
     observers: tuple[Observer, ...] = ()
     dump: Path | None = None
+    stop_when_empty: bool = False
 
     def run(self, program: Program, passes: Sequence[Pass]) -> Program:
         """The program after all passes; `program` itself is not changed.
@@ -136,6 +139,8 @@ class PassManager:
         self._dump(current, 0, "capture")
         outputs: dict[int, tuple[Tensor, ...]] = {}
         for number, one in enumerate(passes, start=1):
+            if self.stop_when_empty and self.context.fuel.empty:
+                break
             self.context.progress(one.name, (number - 1) / len(passes))
             current = self._run_one(one, current, outputs)
             self._dump(current, number, one.name)

@@ -23,8 +23,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from graphwright.text import op_name
 from torch import fx
+
+from graphwright.text import op_name
 
 aten = torch.ops.aten
 

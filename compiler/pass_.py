@@ -20,11 +20,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
 from graphwright.program import Program
 from graphwright.rewrite import Fuel, Site
 from graphwright.target import Target
-from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
 Kind = Literal["exact", "approximate", "structural"]
 

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from graphwright import serialize, text
-from graphwright.contract import Contract
-from graphwright.errors import GraphwrightError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, fx
+
+from graphwright import serialize, text
+from graphwright.contract import Contract
+from graphwright.errors import GraphwrightError
 
 
 @dataclass(frozen=True)

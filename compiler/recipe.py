@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
 from graphwright import registry
 from graphwright.errors import RecipeError, nearest
 from graphwright.pass_ import Pass
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 
 class Budget(BaseModel):

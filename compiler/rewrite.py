@@ -15,6 +15,8 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor, fx
+
 from graphwright import clean, shapes
 from graphwright.contract import Dim, InputSpec, StateSpec
 from graphwright.errors import PassError
@@ -24,7 +26,6 @@ from graphwright.program import Program, attribute
 from graphwright.serialize import set_attribute
 from graphwright.shapes import compute, mode_of
 from graphwright.text import op_name
-from torch import Tensor, fx
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,14 @@ class Fuel:
         self.used = 0
         self.last = ""
 
+    @property
+    def empty(self) -> bool:
+        """Whether a limit was set and is reached."""
+        return self.limit is not None and self.used >= self.limit
+
     def take(self, what: str) -> bool:
         """Spends one unit, or says that none is left."""
-        if self.limit is not None and self.used >= self.limit:
+        if self.empty:
             return False
         self.used += 1
         self.last = what

@@ -9,12 +9,13 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import graphwright.ops  # noqa: F401  (registers the semantic ops that a graph may name)
 import torch
+from torch import Tensor, fx
+
+import graphwright.ops  # noqa: F401  (registers the semantic ops that a graph may name)
 from graphwright import shapes
 from graphwright.contract import DTYPES, Contract, dtype_name
 from graphwright.errors import ArtifactError
-from torch import Tensor, fx
 
 PYTHON_FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"{function.__module__.lstrip('_')}.{function.__name__}": function

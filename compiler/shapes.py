@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from graphwright.contract import Contract, resolve
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from graphwright.contract import Contract, resolve
 
 HINT_PRIMES = (3, 7, 13, 17, 23, 29, 31, 37)
 """Example sizes of the symbolic dimensions: distinct, so that duck shaping ties equal names and no others."""

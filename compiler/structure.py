@@ -1,9 +1,10 @@
 """Finding parts of a model by their place in the dataflow, never by their names."""
 
 import torch
+from torch import Tensor, fx
+
 from graphwright.ops import quantized_linear
 from graphwright.program import Program
-from torch import Tensor, fx
 
 aten = torch.ops.aten
 

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from graphwright.contract import Contract, dtype_name
 from torch import fx
+
+from graphwright.contract import Contract, dtype_name
 
 if TYPE_CHECKING:
     from graphwright.program import Program

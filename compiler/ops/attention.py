@@ -14,8 +14,9 @@ A query that sees no key yields zeros; a bias of -inf hides a key as well.
 from collections.abc import Iterator
 
 import torch
-from graphwright.op import Cost, Sample, TensorInfo, op
 from torch import Tensor
+
+from graphwright.op import Cost, Sample, TensorInfo, op
 
 
 def visible_keys(

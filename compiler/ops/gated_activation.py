@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from graphwright.op import Cost, Sample, TensorInfo, op
 from torch import Tensor
 from torch.nn import functional
+
+from graphwright.op import Cost, Sample, TensorInfo, op
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
+
 from graphwright import packing
 from graphwright.op import Cost, Sample, TensorInfo, op
-from torch import Tensor
 
 
 @op

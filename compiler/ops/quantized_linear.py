@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 
 import torch
-from graphwright import packing
-from graphwright.op import Cost, Sample, TensorInfo, op
 from torch import Tensor
 from torch.nn import functional
+
+from graphwright import packing
+from graphwright.op import Cost, Sample, TensorInfo, op
 
 
 @op

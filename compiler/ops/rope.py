@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 import torch
-from graphwright.op import Cost, Sample, TensorInfo, op
 from torch import Tensor
+
+from graphwright.op import Cost, Sample, TensorInfo, op
 
 
 @op

@@ -10,14 +10,15 @@ float32: they are positions, not weights.
 from typing import Literal
 
 import torch
+from pydantic import Field
+from torch import fx
+
 from graphwright.contract import DTYPES
 from graphwright.ops import attention, rope
 from graphwright.pass_ import Context, Paper, Pass, PassResult
 from graphwright.program import Program
 from graphwright.rewrite import Editor, extend_contract
 from graphwright.serialize import set_attribute
-from pydantic import Field
-from torch import fx
 
 aten = torch.ops.aten
 

@@ -12,11 +12,12 @@ the merged matrix gives the same codes.
 from collections import defaultdict
 
 import torch
+from torch import fx
+
 from graphwright import structure
 from graphwright.pass_ import Context, Pass, PassResult
 from graphwright.program import Program
 from graphwright.rewrite import Editor
-from torch import fx
 
 aten = torch.ops.aten
 

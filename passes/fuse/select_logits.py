@@ -9,6 +9,8 @@ picks positions of the input sequence: one for generation, all for perplexity, a
 """
 
 import torch
+from torch import fx
+
 from graphwright import structure
 from graphwright.contract import Dim, InputSpec
 from graphwright.errors import PassError
@@ -17,7 +19,6 @@ from graphwright.numerics import relative_error
 from graphwright.pass_ import Context, Pass, PassResult
 from graphwright.program import Program
 from graphwright.rewrite import Editor, extend_contract
-from torch import fx
 
 aten = torch.ops.aten
 

@@ -16,6 +16,8 @@ to the ring as it was and to each other, and are written afterwards, so a prefil
 """
 
 import torch
+from torch import Tensor, fx
+
 from graphwright.contract import Dim, InputSpec, StateSpec
 from graphwright.errors import PassError
 from graphwright.evaluate import evaluate, index_domain
@@ -26,7 +28,6 @@ from graphwright.ops import attention, kv_cache_update, quantized_embedding, rop
 from graphwright.pass_ import Context, Paper, Pass, PassResult
 from graphwright.program import Program
 from graphwright.rewrite import Editor, describe, extend_contract
-from torch import Tensor, fx
 
 aten = torch.ops.aten
 

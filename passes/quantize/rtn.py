@@ -12,6 +12,10 @@ one tied matrix and agree, they share the packed one.
 from typing import Literal
 
 import torch
+from pydantic import Field, field_validator
+from torch import Tensor, fx
+from torch.nn import functional
+
 from graphwright import packing, structure
 from graphwright.contract import DTYPES
 from graphwright.errors import PassError
@@ -19,9 +23,6 @@ from graphwright.ops import quantized_embedding, quantized_linear
 from graphwright.pass_ import Context, Paper, Pass, PassResult
 from graphwright.program import Program
 from graphwright.rewrite import Editor
-from pydantic import Field, field_validator
-from torch import Tensor, fx
-from torch.nn import functional
 
 
 class Rtn(Pass):

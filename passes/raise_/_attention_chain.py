@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
+
 from graphwright.match import argument
 from graphwright.passes.raise_._attention_parts import (
     SDPA,
@@ -22,7 +24,6 @@ from graphwright.passes.raise_._attention_parts import (
 )
 from graphwright.passes.raise_._attention_scores import Reader, Scores
 from graphwright.program import Program
-from torch import fx
 
 aten = torch.ops.aten
 

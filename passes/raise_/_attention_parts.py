@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
+
 from graphwright.errors import PassError
 from graphwright.program import Program
 from graphwright.rewrite import run_nodes
-from torch import fx
 
 aten = torch.ops.aten
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import fx
+
 from graphwright.match import argument
 from graphwright.passes.raise_._attention_parts import (
     MASKING,
@@ -24,7 +26,6 @@ from graphwright.passes.raise_._attention_parts import (
 )
 from graphwright.program import Program
 from graphwright.text import op_name
-from torch import fx
 
 aten = torch.ops.aten
 

@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, fx
+
 from graphwright.passes.raise_._mask_probe import Probe, Trial, ancestors
 from graphwright.passes.raise_._mask_terms import Leaf
-from torch import Tensor, fx
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, fx
+
 from graphwright.contract import resolve
 from graphwright.evaluate import dims_of, evaluate, shape_at
 from graphwright.passes.raise_._attention_parts import shape
 from graphwright.passes.raise_._mask_structure import Case
 from graphwright.passes.raise_._mask_terms import Leaf
 from graphwright.program import Program
-from torch import Tensor, fx
 
 LONGEST = 8300
 SHORT = 2100

@@ -11,8 +11,9 @@ from dataclasses import dataclass, fields
 from itertools import product
 
 import torch
-from graphwright.ops.attention import visible_keys
 from torch import Tensor
+
+from graphwright.ops.attention import visible_keys
 
 
 @dataclass(frozen=True)

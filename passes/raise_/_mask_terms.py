@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, fx
+
 from graphwright.match import argument
 from graphwright.passes.raise_._attention_parts import MASKING, constant
 from graphwright.program import Program
-from torch import Tensor, fx
 
 aten = torch.ops.aten
 

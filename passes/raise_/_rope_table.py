@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, fx
+
 from graphwright.evaluate import evaluate, index_domain
 from graphwright.program import Program
-from torch import Tensor, fx
 
 aten = torch.ops.aten
 

@@ -17,13 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import fx
+
 from graphwright.ops import attention
 from graphwright.pass_ import Context, Paper, Pass, PassResult
 from graphwright.passes.raise_._attention_chain import Chain, read
 from graphwright.passes.raise_._attention_parts import PRODUCTS, SDPA, Term, constant, rank, shape
 from graphwright.program import Program
 from graphwright.rewrite import Editor, describe
-from torch import fx
 
 aten = torch.ops.aten
 

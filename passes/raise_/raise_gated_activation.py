@@ -6,12 +6,13 @@ h = a * up
 """
 
 import torch
+from torch import fx
+
 from graphwright.match import Match, NoMatch, Pattern, Var, call, either, match
 from graphwright.ops import gated_activation
 from graphwright.pass_ import Context, Paper, Pass, PassResult
 from graphwright.program import Program
 from graphwright.rewrite import Editor, Rule, apply_rules
-from torch import fx
 
 aten = torch.ops.aten
 

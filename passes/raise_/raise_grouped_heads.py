@@ -13,13 +13,14 @@ difference is a factor of H / Hkv in its size.
 from dataclasses import dataclass
 
 import torch
+from torch import fx
+
 from graphwright.match import argument
 from graphwright.ops import attention, rope
 from graphwright.pass_ import Context, Paper, Pass, PassResult
 from graphwright.passes.raise_._attention_parts import rank, shape
 from graphwright.program import Program
 from graphwright.rewrite import Editor, describe
-from torch import fx
 
 aten = torch.ops.aten
 

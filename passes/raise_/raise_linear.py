@@ -9,10 +9,11 @@ layers and stay.
 """
 
 import torch
+from torch import fx
+
 from graphwright.pass_ import Context, Pass, PassResult
 from graphwright.program import Program
 from graphwright.rewrite import Editor
-from torch import fx
 
 aten = torch.ops.aten
 

@@ -18,6 +18,8 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
+from torch import fx
+
 from graphwright.evaluate import index_domain
 from graphwright.match import argument
 from graphwright.ops import attention
@@ -28,7 +30,6 @@ from graphwright.passes.raise_._mask_structure import Structure, classify
 from graphwright.passes.raise_._mask_terms import Leaf, masks_only, split
 from graphwright.program import Program
 from graphwright.rewrite import Editor, describe
-from torch import fx
 
 aten = torch.ops.aten
 

@@ -11,12 +11,13 @@ Gemma's form, n * (1 + weight), is the same op with a unit offset.
 from collections.abc import Callable
 
 import torch
+from torch import fx
+
 from graphwright.match import Const, Match, Pattern, Var, call, either, maybe_cast
 from graphwright.ops import rms_norm
 from graphwright.pass_ import Context, Paper, Pass, PassResult
 from graphwright.program import Program
 from graphwright.rewrite import Editor, Rule, apply_rules
-from torch import fx
 
 aten = torch.ops.aten
 

@@ -11,13 +11,14 @@ rotation of the first channels only (GPT-NeoX, Phi-3). The table is recognised b
 import operator
 
 import torch
+from torch import fx
+
 from graphwright.match import Const, Match, Pattern, Var, call, either, match
 from graphwright.ops import rope
 from graphwright.pass_ import Context, Paper, Pass, PassResult
 from graphwright.passes.raise_._rope_table import Table, Tables
 from graphwright.program import Program
 from graphwright.rewrite import Editor, RuleReport
-from torch import fx
 
 aten = torch.ops.aten
 
