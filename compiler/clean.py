@@ -67,14 +67,45 @@ BOOLEAN = {
 def clean(module: fx.GraphModule) -> int:
     """Brings `module` into normal form in place; returns how many nodes went away."""
     before = len(module.graph.nodes)
+    changing = written(module)
     for node in list(module.graph.nodes):
-        if node.op == "call_function":
+        if node.op == "call_function" and not changing.intersection(node.all_input_nodes):
             _simplify(node, module)
-    _merge_equal(module)
+    _merge_equal(module, changing)
     module.graph.eliminate_dead_code(is_impure_node=is_impure)
     module.graph.lint()
     module.recompile()
     return before - len(module.graph.nodes)
+
+
+def written(module: fx.GraphModule) -> set[fx.Node]:
+    """Nodes whose memory some node writes: they and all views of them hold different values at different times."""
+    bases = set()
+    for node in module.graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
+                    bases.add(_base(value))
+    changing = set(bases)
+    for node in module.graph.nodes:
+        if _is_view(node) and node.args[0] in changing:
+            changing.add(node)
+    return changing
+
+
+def _is_view(node: fx.Node) -> bool:
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    if node.target is operator.getitem or node.target in IDENTITIES or node.target in RESHAPES:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema and schema.arguments and schema.arguments[0].alias_info is not None)
+
+
+def _base(node: fx.Node) -> fx.Node:
+    while _is_view(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def is_impure(node: fx.Node) -> bool:
@@ -160,14 +191,14 @@ def _same_shape(node: fx.Node) -> bool:
     return len(source) == len(result) and all(str(a) == str(b) for a, b in zip(source, result, strict=True))
 
 
-def _merge_equal(module: fx.GraphModule) -> None:
-    """Common subexpressions, weights included; nodes that write or draw random numbers are left alone."""
+def _merge_equal(module: fx.GraphModule, changing: set[fx.Node]) -> None:
+    """Common subexpressions, weights included; nodes that write, draw random numbers or read changing memory stay."""
     seen: dict[Any, fx.Node] = {}
     storages: dict[Any, str] = {}
     for node in list(module.graph.nodes):
         if node.op == "get_attr":
             node.target = storages.setdefault(_tensor_key(module, str(node.target)), node.target)
-        elif node.op != "call_function" or not _is_pure(node):
+        elif node.op != "call_function" or not _is_pure(node) or changing.intersection(node.all_input_nodes):
             continue
         key = (node.op, node.target, _hashable(node.args), _hashable(node.kwargs))
         first = seen.setdefault(key, node)

@@ -6,6 +6,7 @@ the values, N output features, K input features, G groups along K.
 
 from graphwright.ops.attention import attention
 from graphwright.ops.gated_activation import gated_activation
+from graphwright.ops.grouped_linear import grouped_linear
 from graphwright.ops.kv_cache_update import kv_cache_update
 from graphwright.ops.quantized_embedding import quantized_embedding
 from graphwright.ops.quantized_linear import quantized_linear
@@ -15,6 +16,7 @@ from graphwright.ops.rope import rope
 __all__ = [
     "attention",
     "gated_activation",
+    "grouped_linear",
     "kv_cache_update",
     "quantized_embedding",
     "quantized_linear",

@@ -1,0 +1,220 @@
+"""The torch.compile face: `torch.compile(model, backend="graphwright", options={"recipe": "int8"})`.
+
+Dynamo hands over one graph per region of the model, between graph breaks, and calls the result with the arguments of
+that region. The graph is brought to ATen, raised and rewritten like a captured program; passes that would change what
+the region is called with (cache insertion, chosen logits) are left out, since the model brings its own cache.
+
+Weights are taken as they are when the region is compiled, as `torch._inductor` does when it freezes: change a weight
+afterwards and call `torch._dynamo.reset()`. Gradients are not computed.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, fx, nn
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from graphwright import clean
+from graphwright.capture import finish
+from graphwright.contract import Contract, Dim, InputSpec
+from graphwright.errors import BackendError, RecipeError, nearest
+from graphwright.manager import PassManager, plan_passes
+from graphwright.pass_ import Context
+from graphwright.program import Metadata, Program
+from graphwright.recipe import Recipe
+from graphwright.registry import backend as find_backend
+from graphwright.serialize import set_attribute
+from graphwright.target import Target
+
+aten = torch.ops.aten
+
+CHANGES_CONTRACT = {"kv_cache", "selected_logits"}
+"""Properties whose passes change what a program is called with."""
+
+
+class Options(BaseModel):
+    """What `torch.compile(..., options={...})` may hold."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    recipe: Any = "none"
+    target: str = "cpu"
+    verify: bool = True
+
+
+def graphwright_backend(
+    module: fx.GraphModule, _example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compiles one dynamo graph.
+
+    Raises:
+        RecipeError: an option, recipe or pass is unknown.
+        TargetError: the target is unknown.
+    """
+    chosen = _options(options or {})
+    recipe = _keeping_contract(Recipe.load(chosen.recipe))
+    target = Target.parse(chosen.target)
+    return _Region(module, recipe, target, chosen.verify)
+
+
+def _options(given: Mapping[str, Any]) -> Options:
+    try:
+        return Options(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(
+            f"Option {name!r} of torch.compile: {first['msg']}", fix=nearest(name, Options.model_fields)
+        ) from error
+
+
+def _keeping_contract(recipe: Recipe) -> Recipe:
+    kept = tuple(p for p in recipe.passes if not CHANGES_CONTRACT & set(p.provides))
+    return recipe.model_copy(update={"passes": kept})
+
+
+class _Region:
+    """One dynamo graph: compiled once per set of the Python numbers that dynamo hands over as scalar tensors."""
+
+    def __init__(self, module: fx.GraphModule, recipe: Recipe, target: Target, verify: bool) -> None:
+        self.module = module
+        self.recipe = recipe
+        self.target = target
+        self.verify = verify
+        self.placeholders = module.graph.find_nodes(op="placeholder")
+        self.scalars = [i for i, node in enumerate(self.placeholders) if _is_number(node)]
+        self._variants: dict[tuple[float, ...], Callable[..., Any]] = {}
+        self._warned = False
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Runs the variant for these numbers, compiling it at the first call."""
+        if torch.is_grad_enabled() and not self._warned and any(_wants_grad(a) for a in arguments):
+            self._warned = True
+            warnings.warn("graphwright compiles for inference: the outputs carry no gradient", stacklevel=2)
+        numbers = tuple(float(arguments[i]) for i in self.scalars)
+        if numbers not in self._variants:
+            self._variants[numbers] = self.compile(arguments)
+        with torch.no_grad():
+            return self._variants[numbers](arguments)
+
+    def compile(self, arguments: Sequence[Any]) -> Callable[[Sequence[Any]], Any]:
+        """Brings the graph to ATen, rewrites it and lowers it; weights are bound to the tensors given."""
+        flat = _to_aten(self.module, arguments)
+        if flat is None:
+            return lambda args: self.module(*args)
+        bound = _bind_weights(flat, self.placeholders, arguments)
+        kept = [i for i, node in enumerate(self.placeholders) if str(node.target) not in bound]
+        program = _program(flat)
+        kept = [i for i in kept if str(self.placeholders[i].target) in program.contract.names]
+        context = Context(self.target)
+        manager = PassManager(context, self.recipe.budget, verify=self.verify and not _writes_inputs(flat))
+        rewritten = manager.run(program, plan_passes(self.recipe, program))
+        run = find_backend(self.target.backend or "inductor").jit(rewritten)
+        return lambda args: run([args[i] for i in kept])
+
+
+def _is_number(node: fx.Node) -> bool:
+    """A Python float or int that dynamo wrapped in a scalar tensor, only to call `item` on it."""
+    value = node.meta.get("example_value")
+    return (
+        isinstance(value, Tensor)
+        and value.dim() == 0
+        and bool(node.users)
+        and all(user.op == "call_method" and user.target == "item" for user in node.users)
+    )
+
+
+def _wants_grad(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _to_aten(module: fx.GraphModule, arguments: Sequence[Any]) -> fx.GraphModule | None:
+    """The graph in pre-dispatch ATen over fake tensors; None for a region without tensors to compute on."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    copied = fx.GraphModule(module, graph)
+    values = []
+    for node, source, argument in zip(
+        graph.find_nodes(op="placeholder"), module.graph.find_nodes(op="placeholder"), arguments, strict=True
+    ):
+        if _is_number(source):
+            for user in list(node.users):
+                user.replace_all_uses_with(float(argument))  # type: ignore[arg-type]
+                graph.erase_node(user)
+        values.append(source.meta["example_value"])
+    copied.recompile()
+    mode = detect_fake_mode(values)
+    if mode is None:
+        return None
+    with mode, torch.no_grad():
+        traced = make_fx(copied, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
+    for node, source in zip(
+        traced.graph.find_nodes(op="placeholder"), module.graph.find_nodes(op="placeholder"), strict=True
+    ):
+        node.target = node.name = str(source.target)
+    return traced
+
+
+def _bind_weights(flat: fx.GraphModule, placeholders: Sequence[fx.Node], arguments: Sequence[Any]) -> set[str]:
+    """Turns parameters and buffers among the placeholders into weights of the graph; returns their names."""
+    bound = set()
+    nodes = {str(node.target): node for node in flat.graph.find_nodes(op="placeholder")}
+    for source, argument in zip(placeholders, arguments, strict=True):
+        is_weight = isinstance(argument, nn.Parameter) or hasattr(argument, "_dynamo_static_input_type")
+        if not is_weight or not isinstance(argument, Tensor):
+            continue
+        name, node = str(source.target), nodes[str(source.target)]
+        set_attribute(flat, name, argument.detach())
+        with flat.graph.inserting_after(node):
+            weight = flat.graph.create_node("get_attr", name)
+        weight.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(weight)
+        flat.graph.erase_node(node)
+        bound.add(name)
+    return bound
+
+
+def _program(flat: fx.GraphModule) -> Program:
+    """A program over the remaining tensor inputs; free sizes are read off the tensors that have them."""
+    graph = flat.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    tensors = [node for node in placeholders if isinstance(node.meta["val"], Tensor)]
+    holders = {
+        str(size): (node, axis)
+        for node in reversed(tensors)
+        for axis, size in enumerate(node.meta["val"].shape)
+        if isinstance(size, torch.SymInt)
+    }
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    for node in placeholders:
+        if node in tensors:
+            continue
+        if node.users:
+            if str(node.meta["val"]) not in holders:
+                raise BackendError(
+                    f"The region takes the number {node.target}, which is no size of any of its tensors",
+                    fix="Mark it static: torch._dynamo.config.specialize_int = True, or dynamic=False",
+                )
+            holder, axis = holders[str(node.meta["val"])]
+            with graph.inserting_before(first):
+                size = graph.call_function(aten.sym_size.int, (holder, axis))
+            size.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(size)
+        graph.erase_node(node)
+    specs, dims = [], {}
+    for node in tensors:
+        shape = tuple(int(s) if not isinstance(s, torch.SymInt) else str(s) for s in node.meta["val"].shape)
+        dims.update({d: Dim(d) for d in shape if isinstance(d, str) and d.isidentifier()})
+        specs.append(InputSpec(str(node.target), node.meta["val"].dtype, shape))
+    output = graph.output_node()
+    names = tuple(f"output_{i}" for i in range(len(output.args[0])))  # type: ignore[arg-type]
+    return finish(flat, Contract(tuple(specs), names, tuple(dims.values())), Metadata("dynamo region"))
+
+
+def _writes_inputs(flat: fx.GraphModule) -> bool:
+    """Whether the region writes into its arguments, as a static cache does; running it twice would differ."""
+    return bool(clean.written(flat))
