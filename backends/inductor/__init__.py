@@ -1,1 +1,1 @@
-"""x"""
+"""The Inductor backend."""

@@ -123,10 +123,10 @@ class Reader:
         return self.scores(source, replace(seen, terms=(*seen.terms, term)))
 
     def _joined(self, node: fx.Node, seen: Scores) -> tuple[fx.Node, Scores]:
-        parts, dim = node.args[0], argument(node, "dim")
-        if seen != Scores() or not is_last(node, dim) or len(parts) != 2 or rank(node) != 4:  # type: ignore[arg-type]
+        parts: Any = node.args[0]
+        if seen != Scores() or not is_last(node, argument(node, "dim")) or len(parts) != 2 or rank(node) != 4:
             raise RefusedError("its scores are joined with something")
-        scores, sinks = parts  # type: ignore[misc]
+        scores, sinks = parts
         while isinstance(sinks, fx.Node) and sinks.target in (aten.expand.default, aten.to.dtype):
             sinks = sinks.args[0]
         heads = shape(node)[1]
@@ -163,7 +163,9 @@ def _outside_cap(seen: Scores) -> None:
 def _is_row_maximum(node: Any, of: Any) -> bool:
     if isinstance(node, fx.Node) and getattr(node.target, "__name__", "") == "getitem" and node.args[1] == 0:
         node = node.args[0]
-    if not isinstance(node, fx.Node) or node.target not in (aten.max.dim, aten.amax.default) or node.args[0] is not of:
+    if not isinstance(node, fx.Node) or not isinstance(of, fx.Node) or node.args[0] is not of:
+        return False
+    if node.target not in (aten.max.dim, aten.amax.default):
         return False
     dim = argument(node, "dim")
     return is_last(of, dim[0] if isinstance(dim, (list, tuple)) else dim) and bool(argument(node, "keepdim"))

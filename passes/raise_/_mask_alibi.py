@@ -54,7 +54,7 @@ def _fits(
     seen = case.allowed if case.queries is None else case.allowed & case.queries[:, :, None]
     seen = seen if case.keys is None else seen & case.keys[:, None, :]
     left = value.double() - slopes.double()[:, None, None] * positions[:, None, None, :]
-    left, seen = torch.broadcast_tensors(left, seen[:, None])
+    left, seen = left.expand(len(seen), -1, seen.shape[1], -1), seen[:, None].expand(-1, left.shape[1], -1, -1)
     high, low = (left.masked_fill(~seen, fill) for fill in (float("-inf"), float("inf")))
     spread = (high.amax(-1) - low.amin(-1))[seen.any(-1)]
     return bool((spread <= tolerance * value[value.isfinite()].abs().max()).all())

@@ -55,12 +55,12 @@ class Probe:
 
     def _refuse_specialised(self) -> None:
         # aten.polar's shape function fixes symbolic sizes (torch 2.13); what holds at one size proves nothing then.
-        specs = {spec.name: spec for spec in (*self.program.contract.inputs, *self.program.contract.state)}
+        contract = self.program.contract
+        shapes = {spec.name: spec.shape for spec in contract.inputs} | {s.name: s.shape for s in contract.state}
         for node in self.program.graph.nodes:
             if node.op != "placeholder":
                 continue
-            spec = specs[node.target]
-            for dim, size in zip(spec.shape, node.meta["val"].shape, strict=True):
+            for dim, size in zip(shapes[node.target], node.meta["val"].shape, strict=True):
                 if isinstance(dim, str) and not (isinstance(size, torch.SymInt) and size.node.expr.free_symbols):
                     raise UnknownMaskError(f"shape propagation has fixed the dimension {dim} at {size}")
 

@@ -15,6 +15,7 @@ written-out chain averages over all values.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -77,8 +78,8 @@ class _Raising:
         single = rank(chain.root) == 3 and not merged
         if single and (chain.sinks is not None or any(term.rank == 4 for term in chain.terms)):
             return "its heads are merged into the batch in a way that is not understood"
-        parts = self.heads if merged else parts
-        problem = _misfit(*parts, transposed)
+        parts = [head for head in self.heads if head is not None] if merged else parts
+        problem = _misfit(parts, transposed)
         if problem is not None:
             return problem
         if self.editor.allow(chain.root):
@@ -179,17 +180,18 @@ def _unmerged(node: fx.Node) -> fx.Node | None:
 def _upright(key: fx.Node, transposed: bool) -> tuple[fx.Node, bool]:
     """The key without its transposition, if that is the last thing done to it, and whether it still lies."""
     last = rank(key) - 1
-    swapped = [*range(last - 1), last, last - 1]
-    if transposed and (
-        (key.target is aten.transpose.int and {dim % (last + 1) for dim in key.args[1:]} == {last, last - 1})
-        or (key.target is aten.permute.default and [dim % (last + 1) for dim in key.args[1]] == swapped)
-    ):
+    dims: Any = key.args[1:]
+    swaps = key.target is aten.transpose.int and {dim % (last + 1) for dim in dims} == {last, last - 1}
+    if key.target is aten.permute.default:
+        swaps = [dim % (last + 1) for dim in dims[0]] == [*range(last - 1), last, last - 1]
+    if transposed and swaps:
         return key.args[0], False  # type: ignore[return-value]
     return key, transposed
 
 
-def _misfit(query: fx.Node, key: fx.Node, value: fx.Node, transposed: bool) -> str | None:
+def _misfit(parts: list[fx.Node], transposed: bool) -> str | None:
     """Why these tensors cannot be the query, key and value of the op, or None."""
+    query, key, value = parts
     if not rank(query) == rank(key) == rank(value) or rank(query) not in (3, 4):
         return "its query, key and value are not [batch, heads, length, features]"
     dtypes = {part.meta["val"].dtype for part in (query, key, value)}

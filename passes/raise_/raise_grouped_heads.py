@@ -77,10 +77,10 @@ def copies(node: fx.Node, axis: int) -> Copies | None:
             source, heads, squeeze = found
             return Copies(source, heads, squeeze, tuple(later))
         if node.target is aten.transpose.int:
-            dims = [dim % rank(node) for dim in node.args[1:]]  # type: ignore[operator]
+            dims: list[int] = [dim % rank(node) for dim in node.args[1:]]  # type: ignore[operator, misc]
             axis = dims[1 - dims.index(axis)] if axis in dims else axis
         elif node.target is aten.permute.default:
-            axis = node.args[1][axis] % rank(node)  # type: ignore[index, operator]
+            axis = argument(node, "dims")[axis] % rank(node)
         elif node.target not in (aten.to.dtype, rope.target) and not _is_idle_reshape(node):
             return None
         later.append(node)

@@ -215,7 +215,8 @@ class _Raising:
 
     def _attention_mask(self) -> fx.Node:
         spec = self.program.contract.input("attention_mask")
-        return next(n for n in self.program.graph.nodes if n.op == "placeholder" and spec and n.target == spec.name)
+        nodes: list[fx.Node] = [n for n in self.program.graph.nodes if n.op == "placeholder"]
+        return next(n for n in nodes if spec is not None and n.target == spec.name)
 
     def _call(self, target: object, *args: object, **kwargs: object) -> fx.Node:
         return self.editor.call(target, *args, before=self.start, **kwargs)  # type: ignore[arg-type]

@@ -3,9 +3,10 @@
 import functools
 
 from families.configs import build
+from transformers import PreTrainedModel
+
 from graphwright.capture import capture
 from graphwright.program import Program
-from transformers import PreTrainedModel
 
 
 @functools.cache

@@ -4,13 +4,14 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
 from graphwright import clean, registry
 from graphwright.capture import capture
 from graphwright.pass_ import Context, PassResult
 from graphwright.program import Metadata, Program
 from graphwright.target import Target
-from torch import Tensor, nn
-from torch.nn import functional
 
 ATTENTION_PASSES = ("raise_attention", "raise_grouped_heads", "raise_mask")
 WIDTH, HEADS, HEAD_DIM, BUFFER = 32, 4, 8, 64

@@ -1,7 +1,8 @@
 """What raising finds in each family: how many of each semantic op, and what its attentions are."""
 
-from graphwright.match import argument
 from torch import fx
+
+from graphwright.match import argument
 
 RAISED: dict[str, dict[str, int]] = {
     "llama": {"attention": 2},

@@ -9,6 +9,7 @@ from families.cache import captured
 from families.configs import FAMILIES, example_inputs
 from families.plain import Plain, capture_plain, capture_smallest, run_passes
 from families.raised import RAISED
+
 from graphwright.match import argument
 from graphwright.numerics import relative_error
 from graphwright.ops import attention

@@ -6,6 +6,7 @@ from families import plain
 from families.cache import captured
 from families.configs import FAMILIES
 from families.plain import capture_plain, capture_smallest, run_passes
+
 from graphwright.numerics import relative_error
 from graphwright.ops import attention, rope
 
@@ -71,6 +72,13 @@ def test_copies_behind_rope_are_absorbed() -> None:
     assert kv_heads(program) == [2]
     x = torch.randn(2, 9, plain.WIDTH)
     assert relative_error(program(x=x)[0], module(x).detach()) < 1e-5
+
+
+def test_the_grouped_form_of_falcon_copies_its_heads_before_rope() -> None:
+    _model, program = captured("falcon_grouped")
+    program, results = run_passes(program, ("raise_attention", "raise_rope", "raise_grouped_heads"))
+    assert kv_heads(program) == [2, 2]
+    assert results["raise_grouped_heads"].near_misses == []
 
 
 def test_golden_text() -> None:

@@ -7,14 +7,15 @@ from families.cache import captured
 from families.configs import FAMILIES
 from families.plain import capture_plain, capture_smallest, run_passes
 from families.raised import ATTENTION, attention_text
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from graphwright.evaluate import evaluate, index_domain
 from graphwright.numerics import relative_error
 from graphwright.ops import attention
 from graphwright.passes.raise_._mask_structure import Case, Structure, classify
 from graphwright.program import Program
 from graphwright.text import op_name
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 LEFTOVERS = {
     "scaled_dot_product_attention", "softmax.int", "_softmax", "bmm", "baddbmm", "where.self", "where.Scalar",

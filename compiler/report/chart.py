@@ -1,0 +1,120 @@
+"""The roofline chart (Williams et al. 2009): rate against arithmetic intensity, both logarithmic.
+
+    chart = roofline_chart(report)         # lines, points and ticks in the coordinates of an SVG of WIDTH x HEIGHT
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from graphwright.report import facts
+from graphwright.report.data import Report, Side
+
+WIDTH, HEIGHT = 560, 330
+LEFT, RIGHT, TOP, BOTTOM = 64, 18, 18, 44
+LABEL_HEIGHT, LABEL_WIDTH = 15.0, 96.0
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A grid line and its label."""
+
+    at: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Roof:
+    """The limit for one dtype: the slope of the bandwidth, then flat."""
+
+    label: str
+    path: str
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """One estimate."""
+
+    side: Side
+    label: str
+    x: float
+    y: float
+    label_y: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Everything to draw."""
+
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    roofs: tuple[Roof, ...]
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class _Axis:
+    low: float
+    high: float
+    start: float
+    length: float
+
+    def at(self, value: float) -> float:
+        part = (math.log10(value) - math.log10(self.low)) / (math.log10(self.high) - math.log10(self.low))
+        return round(self.start + self.length * part, 1)
+
+    def ticks(self, unit: str) -> tuple[Tick, ...]:
+        first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
+        return tuple(Tick(self.at(10.0**e), facts.scaled(10.0**e, unit)) for e in range(first, last + 1))
+
+
+def roofline_chart(report: Report) -> Chart | None:
+    """The chart, or None where the target's rates or the program's work are unknown."""
+    bandwidth: float = report.target["bandwidth"]
+    peaks: dict[str, float] = report.target["flops"]
+    rows = [row for row in report.estimates if row["flops"] and row["bytes"] and row["seconds"]]
+    if not bandwidth or not peaks or not rows:
+        return None
+    intensities = [row["flops"] / row["bytes"] for row in rows]
+    rates = [row["flops"] / row["seconds"] for row in rows]
+    high_x = max(*intensities, max(peaks.values()) / bandwidth) * 4
+    low_x = min(*intensities, min(peaks.values()) / bandwidth) / 4
+    x = _Axis(low_x, high_x, LEFT, WIDTH - LEFT - RIGHT)
+    y = _Axis(min(*rates, bandwidth * low_x) / 2, max(peaks.values()) * 3, HEIGHT - BOTTOM, TOP + BOTTOM - HEIGHT)
+    points = [
+        Point(row["side"], row["phase"], x.at(i), y.at(r), y.at(r) - 7, _text(row["phase"], row["side"], i, r))
+        for row, i, r in zip(rows, intensities, rates, strict=True)
+    ]
+    roofs = [_roof(names, peak, bandwidth, x, y) for peak, names in _by_peak(peaks).items()]
+    return Chart(x.ticks(""), y.ticks(""), tuple(roofs), tuple(_apart(points)))
+
+
+def _text(phase: str, side: str, intensity: float, rate: float) -> str:
+    return f"{phase}, {side}: {intensity:.3g} FLOP/byte, {facts.scaled(rate, 'FLOP/s')}"
+
+
+def _by_peak(peaks: dict[str, float]) -> dict[float, str]:
+    """Dtypes with the same peak share a roof."""
+    names: dict[float, str] = {}
+    for dtype, peak in peaks.items():
+        names[peak] = f"{names[peak]}, {dtype}" if peak in names else dtype
+    return names
+
+
+def _roof(names: str, peak: float, bandwidth: float, x: _Axis, y: _Axis) -> Roof:
+    ridge = peak / bandwidth
+    path = f"M{x.at(x.low)},{y.at(bandwidth * x.low)}L{x.at(ridge)},{y.at(peak)}L{x.at(x.high)},{y.at(peak)}"
+    return Roof(f"{names} {facts.scaled(peak, 'FLOP/s')}", path, x.at(x.high), y.at(peak) - 6)
+
+
+def _apart(points: list[Point]) -> list[Point]:
+    """The points with labels moved up until none covers another."""
+    placed: list[Point] = []
+    for point in sorted(points, key=lambda p: (-p.y, p.x)):
+        label_y = point.label_y
+        while any(abs(label_y - p.label_y) < LABEL_HEIGHT and abs(point.x - p.x) < LABEL_WIDTH for p in placed):
+            label_y -= 2
+        placed.append(replace(point, label_y=label_y))
+    return placed

@@ -1,0 +1,108 @@
+"""The report in the terminal: what a person wants to know in ten seconds.
+
+    print_report(report, Console())
+"""
+
+from graphwright.report import facts
+from graphwright.report.data import PassRow, Report
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+KIND_STYLE = {"exact": "green", "approximate": "yellow", "structural": "blue"}
+MOST_LEFTOVERS = 8
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Prints the summary of `report`."""
+    console.print(_title(report))
+    console.print()
+    console.print(_passes(report))
+    console.print(_facts(report))
+    left = facts.leftovers(report)
+    if left:
+        console.print(_left(left))
+
+
+def _title(report: Report) -> Text:
+    title = Text()
+    title.append(facts.model_name(report), style="bold")
+    title.append(f" ({report.model['family']})", style="dim")
+    title.append("  recipe ").append(str(report.recipe["name"]), style="bold")
+    title.append("  target ").append(facts.target_name(report), style="bold")
+    title.append("  backend ").append(report.backend, style="bold")
+    return title
+
+
+def _passes(report: Report) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    table.add_column("pass", overflow="fold")
+    table.add_column("kind")
+    for name in ("sites", "nodes", "error", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in report.passes:
+        style = "" if row["sites"] else "dim"
+        table.add_row(
+            _pass_name(row),
+            Text(row["kind"], style=KIND_STYLE.get(row["kind"], "")),
+            str(row["sites"]),
+            f"{row['nodes_before']} → {row['nodes_after']}",
+            "–" if row["error"] is None else f"{row['error']:.1e}",
+            facts.duration(row["seconds"]),
+            style=style,
+        )
+    return table
+
+
+def _pass_name(row: PassRow) -> Text:
+    name = Text(row["name"])
+    if row["options"]:
+        name.append(" " + ", ".join(f"{key}={value}" for key, value in row["options"].items()), style="dim")
+    return name
+
+
+def _facts(report: Report) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    before, after = facts.totals(report)
+    size = f"{facts.scaled(before, 'B')} → {facts.scaled(after, 'B')} ({facts.change(before, after)})"
+    if report.artifact_bytes:
+        size += f", {facts.scaled(report.artifact_bytes, 'B')} on disk"
+    table.add_row("Weights", Text(size))
+    lowered, total = facts.coverage_counts(report)
+    nodes = f"{report.nodes['before']} → {report.nodes['after']} nodes"
+    table.add_row("Graph", Text(nodes + (f", {lowered} of {total} ops lowered by {report.backend}" if total else "")))
+    for label, values in (("Speed", report.speed), ("Accuracy", report.accuracy)):
+        if values:
+            table.add_row(label, Text("; ".join(f"{name}: {value}" for name, value in facts.table(values))))
+    table.add_row("Estimate", _estimate(report))
+    stages = " · ".join(f"{stage} {facts.duration(seconds)}" for stage, seconds in report.seconds.items())
+    table.add_row("Compile", Text(f"{stages}; peak memory {facts.scaled(report.peak_memory_bytes, 'B')}"))
+    return table
+
+
+def _estimate(report: Report) -> Text:
+    rows = [row for row in report.estimates if row["side"] == "after"]
+    text = Text()
+    for row in rows:
+        text.append(f"{row['phase']}: at most {facts.scaled(facts.rate(row))} tokens/s ({facts.bound(row)} bound)\n")
+    bandwidth = facts.scaled(report.target["bandwidth"], "B/s")
+    peak = facts.scaled(report.target["flops"].get("float32", 0.0), "FLOP/s")
+    return text.append(f"roofline bound from {bandwidth} and {peak} float32, not a measurement", style="dim")
+
+
+def _left(left: list[tuple[str, str]]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0), title="Left as it was")
+    table.title_justify, table.title_style = "left", "bold"
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold", style="dim")
+    for what, why in left[:MOST_LEFTOVERS]:
+        table.add_row(Text(what), Text(why))
+    if len(left) > MOST_LEFTOVERS:
+        table.add_row(Text(f"and {len(left) - MOST_LEFTOVERS} more, in the HTML report"), "")
+    return table
+
+
+__all__ = ["print_report"]
