@@ -63,7 +63,10 @@ def run(name: str, passes, **settings):
 
 
 def test_plan_adds_what_is_required_and_orders_it():
-    plan = [p.name for p in plan_passes(Recipe(passes=["select_logits", "static_cache", {"rtn": {"bits": 8}}, "merge_linear"]))]
+    plan = [
+        p.name
+        for p in plan_passes(Recipe(passes=["select_logits", "static_cache", {"rtn": {"bits": 8}}, "merge_linear"]))
+    ]
     for earlier, later in (
         ("raise_attention", "raise_mask"),
         ("raise_mask", "static_cache"),

@@ -32,7 +32,9 @@ def test_subtraction_does_not():
 
 
 def test_constants_are_captured_and_tested():
-    found = match(Var("a") * Const("factor", lambda c: c > 2), root_of(lambda x, y: x * 3.5 + 0 * y if False else x * 3.5))
+    found = match(
+        Var("a") * Const("factor", lambda c: c > 2), root_of(lambda x, y: x * 3.5 + 0 * y if False else x * 3.5)
+    )
     assert isinstance(found, Match)
     assert found["factor"] == 3.5
     assert not match(Var("a") * Const("factor", lambda c: c > 4), root_of(lambda x, y: x * 3.5))
@@ -62,7 +64,9 @@ def test_unmentioned_arguments_must_be_default():
     gelu = torch.nn.functional.gelu
     assert match(plain, root_of(lambda x, y: gelu(x)))
     assert not match(plain, root_of(lambda x, y: gelu(x, approximate="tanh")))
-    assert match(call(aten.gelu.default, Var("a"), approximate="tanh"), root_of(lambda x, y: gelu(x, approximate="tanh")))
+    assert match(
+        call(aten.gelu.default, Var("a"), approximate="tanh"), root_of(lambda x, y: gelu(x, approximate="tanh"))
+    )
 
 
 def test_a_failure_says_where_it_stopped_and_why():

@@ -44,9 +44,7 @@ def test_shape_function_agrees_with_the_reference(op, dtype, index):
 def test_every_op_has_samples_and_a_cost(op):
     samples = list(op.samples_of(torch.float32))
     assert samples, f"{op.name} has no samples"
-    infos = [
-        TensorInfo(tuple(a.shape), a.dtype) if isinstance(a, torch.Tensor) else a for a in samples[0].args
-    ]
+    infos = [TensorInfo(tuple(a.shape), a.dtype) if isinstance(a, torch.Tensor) else a for a in samples[0].args]
     cost = op.cost_of(*infos, **samples[0].kwargs)
     assert cost.flops > 0 or cost.bytes is not None
 
@@ -61,9 +59,7 @@ def test_attention_equals_torch(heads, kv_heads, head_dim, queries, keys):
     at = torch.arange(keys - queries, keys)[None]
     found = attention(query, key, value, at, None, None, None, None, 0.125, True)
     mask = torch.arange(keys)[None] <= at[0][:, None]
-    expected = functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=0.125, enable_gqa=True
-    )
+    expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.125, enable_gqa=True)
     assert relative_error(found, expected) < 1e-5
 
 

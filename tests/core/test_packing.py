@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphwright import packing
-from graphwright.ops import quantized_embedding, quantized_linear
 from graphwright.numerics import relative_error
+from graphwright.ops import quantized_embedding, quantized_linear
 
 
 @given(
