@@ -1,17 +1,17 @@
 """The roofline chart (Williams et al. 2009): rate against arithmetic intensity, both logarithmic.
 
-    chart = roofline_chart(report)         # lines, points and ticks in the coordinates of an SVG of WIDTH x HEIGHT
+`roofline_chart(report)` gives lines, points and ticks in the coordinates of an SVG of `WIDTH` by `HEIGHT`.
 """
 
 import math
 from dataclasses import dataclass, replace
 
 from graphwright.report import facts
-from graphwright.report.data import Report, Side
+from graphwright.report.data import EstimateRow, Report, Side
 
 WIDTH, HEIGHT = 560, 330
 LEFT, RIGHT, TOP, BOTTOM = 64, 18, 18, 44
-LABEL_HEIGHT, LABEL_WIDTH = 15.0, 96.0
+LABEL_HEIGHT, LABEL_WIDTH, LABEL_GAP = 15.0, 108.0, 9.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class Point:
     label: str
     x: float
     y: float
+    label_x: float
     label_y: float
+    anchor: str
     text: str
 
 
@@ -84,15 +86,19 @@ def roofline_chart(report: Report) -> Chart | None:
     x = _Axis(low_x, high_x, LEFT, WIDTH - LEFT - RIGHT)
     y = _Axis(min(*rates, bandwidth * low_x) / 2, max(peaks.values()) * 3, HEIGHT - BOTTOM, TOP + BOTTOM - HEIGHT)
     points = [
-        Point(row["side"], row["phase"], x.at(i), y.at(r), y.at(r) - 7, _text(row["phase"], row["side"], i, r))
+        _point(row, x.at(i), y.at(r), f"{i:.3g} FLOP/byte, {facts.scaled(r, 'FLOP/s')}")
         for row, i, r in zip(rows, intensities, rates, strict=True)
     ]
     roofs = [_roof(names, peak, bandwidth, x, y) for peak, names in _by_peak(peaks).items()]
     return Chart(x.ticks(""), y.ticks(""), tuple(roofs), tuple(_apart(points)))
 
 
-def _text(phase: str, side: str, intensity: float, rate: float) -> str:
-    return f"{phase}, {side}: {intensity:.3g} FLOP/byte, {facts.scaled(rate, 'FLOP/s')}"
+def _point(row: EstimateRow, x: float, y: float, text: str) -> Point:
+    """A point with its label to the right, or to the left where the chart ends."""
+    fits = x + LABEL_WIDTH + LABEL_GAP < WIDTH - RIGHT
+    label_x = x + LABEL_GAP if fits else x - LABEL_GAP
+    text = f"{row['phase']}, {row['side']}: {text}"
+    return Point(row["side"], row["phase"], x, y, label_x, y + LABEL_HEIGHT, "start" if fits else "end", text)
 
 
 def _by_peak(peaks: dict[str, float]) -> dict[float, str]:
@@ -110,11 +116,17 @@ def _roof(names: str, peak: float, bandwidth: float, x: _Axis, y: _Axis) -> Roof
 
 
 def _apart(points: list[Point]) -> list[Point]:
-    """The points with labels moved up until none covers another."""
+    """The points with labels moved down until none covers another: below a roof there are no lines."""
     placed: list[Point] = []
-    for point in sorted(points, key=lambda p: (-p.y, p.x)):
+    for point in sorted(points, key=lambda p: (p.y, p.x)):
         label_y = point.label_y
-        while any(abs(label_y - p.label_y) < LABEL_HEIGHT and abs(point.x - p.x) < LABEL_WIDTH for p in placed):
-            label_y -= 2
+        while any(abs(label_y - p.label_y) < LABEL_HEIGHT and _overlap(point, p) for p in placed):
+            label_y += 1
         placed.append(replace(point, label_y=label_y))
     return placed
+
+
+def _overlap(one: Point, other: Point) -> bool:
+    """Whether the labels share a column."""
+    left, right = (p.label_x - (LABEL_WIDTH if p.anchor == "end" else 0.0) for p in (one, other))
+    return abs(left - right) < LABEL_WIDTH

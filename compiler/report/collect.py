@@ -15,6 +15,7 @@ from importlib import metadata as packages
 from typing import Any
 
 import torch
+
 from graphwright.cost import program_cost, roofline
 from graphwright.op import op_of
 from graphwright.program import PassRecord, Program

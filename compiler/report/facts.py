@@ -6,6 +6,8 @@ from typing import Any
 
 from graphwright.report.data import EstimateRow, Report
 
+TIMES, DASH = "\N{MULTIPLICATION SIGN}", "\N{EN DASH}"
+
 UNITS = ("", "k", "M", "G", "T", "P")
 
 LABELS = {
@@ -48,7 +50,7 @@ def duration(seconds: float) -> str:
 def figure(value: Any) -> str:
     """A value of the speed or accuracy tables as text."""
     if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "–"}[value]
+        return {True: "yes", False: "no", None: DASH}[value]
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, (list, tuple)):
@@ -74,10 +76,25 @@ def totals(report: Report) -> tuple[int, int]:
 
 
 def change(before: float, after: float) -> str:
-    """`5.8× smaller`, `1.2× larger` or `unchanged`."""
+    """How many times smaller or larger, or `unchanged`."""
     if not before or not after or abs(before - after) < 0.005 * before:
         return "unchanged" if before == after or (before and after) else ""
-    return f"{before / after:.1f}× smaller" if before > after else f"{after / before:.1f}× larger"
+    return f"{before / after:.1f}{TIMES} smaller" if before > after else f"{after / before:.1f}{TIMES} larger"
+
+
+def per_second(value: float) -> str:
+    """Tokens per second as a plain number: `61.3`, `1090`."""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
+
+
+def error(value: float | None) -> str:
+    """A relative error; a dash where none was measured."""
+    return DASH if value is None else f"{value:.1e}" if value else "0"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 weight`, `61 weights`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def rate(row: EstimateRow) -> float:
@@ -118,7 +135,7 @@ def leftovers(report: Report) -> list[tuple[str, str]]:
     left = []
     for name, count in sorted(report.coverage.get("fallbacks", {}).items(), key=lambda item: -item[1]):
         reason = report.coverage.get("reasons", {}).get(name, "") or "the backend gives no reason"
-        left.append((f"{count} × {name} not lowered", reason))
+        left.append((f"{count} {TIMES} {name} not lowered", reason))
     left += [(f"{row['name']} did not match", miss) for row in report.passes for miss in row["near_misses"]]
     return left + _unquantized(report)
 
@@ -133,6 +150,6 @@ def _unquantized(report: Report) -> list[tuple[str, str]]:
         if row["quantizable"] and not row["shares"]:
             groups.setdefault(", ".join(row["readers"]) or "nothing", []).append(row["bytes"])
     return [
-        (f"{scaled(sum(sizes), 'B')} in {len(sizes)} weights unquantized", f"read by {readers}")
+        (f"{scaled(sum(sizes), 'B')} in {counted(len(sizes), 'weight')} unquantized", f"read by {readers}")
         for readers, sizes in sorted(groups.items(), key=lambda item: -sum(item[1]))
     ]

@@ -6,19 +6,21 @@ Everything that comes from a model (names, texts of nodes) is escaped by the tem
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graphwright.report import chart, facts
-from graphwright.report.data import PassRow, Report, Side
-from graphwright.report.picture import Layout, layout
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from graphwright.report import chart, facts
+from graphwright.report.data import PassRow, Picture, Report, Side
+from graphwright.report.picture import layout
+
 WORST_LAYERS = 12
-FORMATS = ("int4 codes", "int8 codes", "float32", "float16", "bfloat16", "float16 scale", "float32 scale")
-COLOURS = 8
+COLOURS = {"int4 codes": 0, "int8 codes": 1, "float32": 7, "float16": 5, "bfloat16": 5}
+SPARE_COLOURS = (3, 4, 2, 6)
 
 
 def render(report: Report) -> str:
@@ -36,6 +38,7 @@ def render(report: Report) -> str:
         chart=chart.roofline_chart(report),
         chart_size=(chart.WIDTH, chart.HEIGHT, chart.LEFT, chart.RIGHT, chart.TOP, chart.BOTTOM),
         pictures=[(side, report.pictures[side], layout(report.pictures[side])) for side in SIDES],
+        heaviest={side: _heaviest(report.pictures[side]) for side in SIDES},
         left=facts.leftovers(report),
     )
 
@@ -49,6 +52,7 @@ class Card:
 
     title: str
     value: str
+    unit: str
     note: str
 
 
@@ -68,25 +72,35 @@ def cards(report: Report) -> list[Card]:
     lowered, total = facts.coverage_counts(report)
     nodes = report.nodes
     found = [
-        Card("Weights", facts.scaled(after, "B"), f"from {facts.scaled(before, 'B')}, {facts.change(before, after)}"),
-        Card("Graph", f"{nodes['after']} nodes", f"from {nodes['before']}"),
+        _scaled("Weights", after, "B", f"from {facts.scaled(before, 'B')}, {facts.change(before, after)}"),
+        Card("Graph", str(nodes["after"]), "nodes", f"from {nodes['before']}"),
     ]
     if report.speed and report.speed.get("decode_tokens_per_second"):
-        speed = facts.figure(float(report.speed["decode_tokens_per_second"]))
-        found.append(Card("Decode, measured", f"{speed} tokens/s", str(report.speed.get("how", ""))))
+        speed = facts.per_second(float(report.speed["decode_tokens_per_second"]))
+        found.append(Card("Decode, measured", speed, "tokens/s", str(report.speed.get("how", ""))))
     estimate = next((row for row in report.estimates if row["side"] == "after"), None)
     if estimate:
-        rate = facts.scaled(facts.rate(estimate))
-        found.append(Card("Estimate", f"≤ {rate} tokens/s", f"{estimate['phase']}, roofline bound"))
+        rate = facts.per_second(facts.rate(estimate))
+        found.append(Card("Estimate", f"≤ {rate}", "tokens/s", f"{estimate['phase']}, roofline bound"))
     if report.accuracy and report.accuracy.get("perplexity") is not None:
         original = report.accuracy.get("reference_perplexity")
         note = f"original {facts.figure(original)}" if original is not None else ""
-        found.append(Card("Perplexity", facts.figure(float(report.accuracy["perplexity"])), note))
+        found.append(Card("Perplexity", facts.figure(float(report.accuracy["perplexity"])), "", note))
     if total:
-        found.append(Card("Lowered", f"{lowered / total:.0%}", f"{lowered} of {total} ops by {report.backend}"))
-    seconds = sum(report.seconds.values())
+        found.append(Card("Lowered", _percent(lowered, total), "%", f"{lowered} of {total} ops by {report.backend}"))
+    value, _, unit = facts.duration(sum(report.seconds.values())).partition(" ")
     memory = facts.scaled(report.peak_memory_bytes, "B")
-    return [*found, Card("Compile", facts.duration(seconds), f"peak memory {memory}")]
+    return [*found, Card("Compile", value, unit, f"peak memory {memory}")]
+
+
+def _scaled(title: str, number: float, unit: str, note: str) -> Card:
+    value, _, scaled_unit = facts.scaled(number, unit).partition(" ")
+    return Card(title, value, scaled_unit, note)
+
+
+def _percent(part: int, whole: int) -> str:
+    """Rounded down, so that only everything is 100."""
+    return f"{math.floor(1000 * part / whole) / 10:g}"
 
 
 def pass_details(row: PassRow) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -125,14 +139,21 @@ def op_rows(report: Report) -> list[dict[str, Any]]:
 
 def weight_bars(report: Report) -> list[tuple[Side, int, list[Part]]]:
     """Two stacked bars on one scale, with a colour per format that both share."""
-    formats = [name for name in FORMATS if any(name in totals for totals in report.weight_bytes.values())]
-    formats += [name for side in SIDES for name in report.weight_bytes[side] if name not in formats]
-    colour = {name: index % COLOURS for index, name in enumerate(dict.fromkeys(formats))}
+    formats = dict.fromkeys(name for side in SIDES for name in report.weight_bytes[side])
+    others = [name for name in formats if name not in COLOURS]
+    spare = {name: SPARE_COLOURS[index % len(SPARE_COLOURS)] for index, name in enumerate(others)}
+    colour = {**spare, **COLOURS}
     longest = max(*facts.totals(report), 1)
     return [
         (side, sum(sizes.values()), [Part(f, b, 100 * b / longest, colour[f]) for f, b in sizes.items()])
         for side, sizes in ((side, report.weight_bytes[side]) for side in SIDES)
     ]
+
+
+def _heaviest(picture: Picture) -> str:
+    """The call that moves most, to be explained first."""
+    calls = [node for node in picture["nodes"] if node["kind"] not in ("weight", "input")]
+    return max(calls, key=lambda node: node["cost_bytes"])["id"] if calls else ""
 
 
 def _pretty(value: Mapping[str, Any]) -> str:
@@ -149,9 +170,9 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        scaled=facts.scaled, duration=facts.duration, pretty=_pretty, rate=facts.rate, bound=facts.bound
+        scaled=facts.scaled, duration=facts.duration, error=facts.error, pretty=_pretty, bound=facts.bound
     )
     return environment
 
 
-__all__ = ["Layout", "render"]
+__all__ = ["render"]

@@ -12,9 +12,10 @@ from itertools import pairwise
 
 import networkx
 import torch
+from torch import fx
+
 from graphwright.program import Program
 from graphwright.text import op_name
-from torch import fx
 
 ATTENTION = {"attention", "scaled_dot_product_attention"}
 SOFTMAX = {"softmax", "_softmax", "_safe_softmax"}

@@ -10,16 +10,18 @@ row are the least-squares solution that keeps order and distances (isotonic regr
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import networkx
+
 from graphwright.report.data import Picture, PictureNode
 
 Key = str | tuple[int, int]
 """A box by its id, or (arrow, row) for a place where an arrow passes a row."""
 
 SWEEPS = 12
-GAP_X, GAP_Y, MARGIN = 16.0, 26.0, 12.0
-TEXT_WIDTH, PADDING = 6.7, 22.0
+GAP_X, GAP_Y, MARGIN = 16.0, 24.0, 12.0
+LABEL_WIDTH, DETAIL_WIDTH, PADDING = 7.7, 6.6, 18.0
 TALL, SHORT = 38.0, 22.0
 PASSING_WIDTH = 6.0
 MAX_LABEL = 26
@@ -112,7 +114,7 @@ def _labels(node: PictureNode) -> tuple[str, str]:
 
 
 def _size(node: PictureNode, labels: tuple[str, str]) -> tuple[float, float]:
-    width = max(len(text) for text in labels) * TEXT_WIDTH + PADDING
+    width = max(len(labels[0]) * LABEL_WIDTH, len(labels[1]) * DETAIL_WIDTH) + PADDING
     return width, TALL if labels[1] else SHORT
 
 
@@ -174,7 +176,7 @@ def _sweep(graph: "networkx.DiGraph[Key]", rows: list[list[Key]], downwards: boo
         fixed = rows[index - 1 if downwards else index + 1]
         rank = {key: place for place, key in enumerate(fixed)}
         current = {key: place * len(fixed) / len(rows[index]) for place, key in enumerate(rows[index])}
-        rows[index].sort(key=lambda key: _mean([rank[n] for n in neighbours(key)], current[key]))  # noqa: B023
+        rows[index].sort(key=lambda key: _mean([rank[n] for n in neighbours(key)], current[key]))
     return rows
 
 
@@ -184,7 +186,7 @@ def _mean(values: Sequence[float], otherwise: float) -> float:
 
 def _crossings(graph: "networkx.DiGraph[Key]", rows: list[list[Key]]) -> int:
     total = 0
-    for upper, lower in zip(rows, rows[1:], strict=False):
+    for upper, lower in pairwise(rows):
         rank = {key: place for place, key in enumerate(lower)}
         ends = [rank[reader] for key in upper for reader in sorted(graph.successors(key), key=rank.__getitem__)]
         total += sum(1 for i, one in enumerate(ends) for other in ends[i + 1 :] if one > other)
@@ -278,7 +280,7 @@ def _ports(
         for index, chain in enumerate(chains):
             by_box.setdefault(chain[end], []).append(index)
         for key, arrows in by_box.items():
-            arrows.sort(key=lambda index: points[chains[index][next_to]])  # noqa: B023
+            arrows.sort(key=lambda index: points[chains[index][next_to]])
             step = min(14.0, boxes[str(key)].width * 0.6 / len(arrows))
             for place, index in enumerate(arrows):
                 ports[index, side] = points[key] + (place - (len(arrows) - 1) / 2) * step

@@ -7,6 +7,8 @@ outside the selection is drawn as an input, and a quantized weight is one box wi
 from collections.abc import Iterable, Mapping
 
 import sympy
+from torch import Tensor, fx
+
 from graphwright.cost import VIEWS, NodeCost, node_costs
 from graphwright.op import op_of
 from graphwright.program import Program
@@ -14,7 +16,6 @@ from graphwright.report.data import Picture, PictureEdge, PictureNode
 from graphwright.report.layer import Selection, writes
 from graphwright.report.weights import PARTS, quantized_part
 from graphwright.text import describe, op_name, symbol_names
-from torch import Tensor, fx
 
 CAPTURED = "capture"
 

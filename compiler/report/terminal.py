@@ -1,14 +1,14 @@
-"""The report in the terminal: what a person wants to know in ten seconds.
+"""The report in the terminal: what a person wants to know in ten seconds."""
 
-    print_report(report, Console())
-"""
+from typing import Any
 
-from graphwright.report import facts
-from graphwright.report.data import PassRow, Report
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from graphwright.report import facts
+from graphwright.report.data import PassRow, Report
 
 KIND_STYLE = {"exact": "green", "approximate": "yellow", "structural": "blue"}
 MOST_LEFTOVERS = 8
@@ -48,7 +48,7 @@ def _passes(report: Report) -> Table:
             Text(row["kind"], style=KIND_STYLE.get(row["kind"], "")),
             str(row["sites"]),
             f"{row['nodes_before']} → {row['nodes_after']}",
-            "–" if row["error"] is None else f"{row['error']:.1e}",
+            facts.error(row["error"]),
             facts.duration(row["seconds"]),
             style=style,
         )
@@ -76,18 +76,27 @@ def _facts(report: Report) -> Table:
     table.add_row("Graph", Text(nodes + (f", {lowered} of {total} ops lowered by {report.backend}" if total else "")))
     for label, values in (("Speed", report.speed), ("Accuracy", report.accuracy)):
         if values:
-            table.add_row(label, Text("; ".join(f"{name}: {value}" for name, value in facts.table(values))))
+            table.add_row(label, _measured(values))
     table.add_row("Estimate", _estimate(report))
     stages = " · ".join(f"{stage} {facts.duration(seconds)}" for stage, seconds in report.seconds.items())
     table.add_row("Compile", Text(f"{stages}; peak memory {facts.scaled(report.peak_memory_bytes, 'B')}"))
     return table
 
 
+def _measured(values: dict[str, Any]) -> Text:
+    """The first measurements at full strength, how they were made dimmed."""
+    text = Text()
+    for name, value in facts.table(values):
+        text.append("; " if text else "").append(f"{name} ", style="dim").append(value)
+    return text
+
+
 def _estimate(report: Report) -> Text:
     rows = [row for row in report.estimates if row["side"] == "after"]
     text = Text()
     for row in rows:
-        text.append(f"{row['phase']}: at most {facts.scaled(facts.rate(row))} tokens/s ({facts.bound(row)} bound)\n")
+        rate = facts.per_second(facts.rate(row))
+        text.append(f"{row['phase']}: at most {rate} tokens/s ({facts.bound(row)} bound)\n")
     bandwidth = facts.scaled(report.target["bandwidth"], "B/s")
     peak = facts.scaled(report.target["flops"].get("float32", 0.0), "FLOP/s")
     return text.append(f"roofline bound from {bandwidth} and {peak} float32, not a measurement", style="dim")

@@ -5,11 +5,12 @@ Which is which follows from the argument that reads a tensor, not from its name:
 """
 
 import torch
+from torch import Tensor, fx
+
 from graphwright.contract import dtype_name
 from graphwright.program import Program
 from graphwright.report.data import WeightRow
 from graphwright.text import op_name
-from torch import Tensor, fx
 
 PARTS = {"scale": "scale", "zero_point": "zero point"}
 

@@ -1,0 +1,365 @@
+"""Generation: a prefill over the prompts, then one token of every prompt per step, over a program with caches.
+
+    generator = Generator(run, program.contract, program.metadata, tokenizer)
+    print(generator.generate("The capital of France is", max_new_tokens=20).texts[0])
+    for piece in generator.stream("Once upon a time"):
+        print(piece, end="", flush=True)
+
+Prompts of one batch may differ in length: `positions` gives each token its place in its own sequence and -1 to what is
+not a token, padding and the rows that have ended. Nothing in the step is proportional to the size of the program.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphwright.contract import Contract
+from graphwright.engine.prompts import check_request, read_prompts
+from graphwright.engine.sampling import Sampling, choose
+from graphwright.engine.tokenizer import Tokenizer, TokenStream
+from graphwright.errors import GenerationError
+from graphwright.program import Metadata
+
+Run = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
+"""Runs a program once: inputs and state by name, state written in place, logits first among the outputs."""
+
+STEP_ROLES = frozenset({"token", "position", "key_position", "logit_index"})
+
+
+@dataclass
+class Timing:
+    """What generation took. `tokens_per_second` is the rate of decoding, prefill and first tokens left out."""
+
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    tokens_per_second: float = 0.0
+
+
+@dataclass
+class GenerationResult:
+    """Continuations in the order of the prompts.
+
+    Attributes:
+        texts: without special tokens, cut before a stop text; None without a tokenizer.
+        tokens: all new tokens, with the end-of-sequence token or those of a stop text.
+        finish_reasons: `eos`, `stop` (a stop text) or `length`.
+        timing: seconds and tokens of the whole batch.
+    """
+
+    texts: list[str] | None
+    tokens: list[list[int]]
+    finish_reasons: list[str]
+    timing: Timing = field(default_factory=Timing)
+
+
+class Generator:
+    """Continues prompts with a program that has caches."""
+
+    def __init__(self, run: Run, contract: Contract, metadata: Metadata, tokenizer: Tokenizer | None = None) -> None:
+        self.run = run
+        self.contract = contract
+        self.metadata = metadata
+        self.tokenizer = tokenizer
+
+    def generate(self, prompts: Any, **options: Any) -> GenerationResult:
+        """Continues every prompt, all in one batch.
+
+        Args:
+            prompts: a text, texts, tokens, lists of tokens, or an int64 tensor [B, S]; with `chat` conversations too.
+            **options: the fields of `Options`: max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0,
+                repetition_penalty=1.0, seed=0, stop=(), eos_token_ids=None, chat=False, attention_mask=None.
+
+        Raises:
+            GenerationError: the request cannot be served; nothing has been run.
+        """
+        decoding = self._start(prompts, Options(**options), stream=False)
+        for _ in decoding:
+            pass
+        rows = decoding.rows
+        texts = [row.text() for row in rows] if self.tokenizer is not None else None
+        return GenerationResult(texts, [r.tokens for r in rows], [r.finish for r in rows], decoding.timing)
+
+    def stream(self, prompt: Any, **options: Any) -> Iterator[Any]:
+        """Continues one prompt piece by piece: text if there is a tokenizer, else tokens. Options as in `generate`.
+
+        Text comes in whole characters, and what may be the start of a stop text is held back until it is not.
+
+        Raises:
+            GenerationError: at once, if the request cannot be served.
+        """
+        decoding = self._start(prompt, Options(**options), stream=True)
+        if len(decoding.rows) != 1:
+            raise GenerationError(
+                f"There are {len(decoding.rows)} prompts, and only one can be streamed", fix="Use generate for several"
+            )
+        return self._pieces(decoding)
+
+    def _pieces(self, decoding: "_Decoding") -> Iterator[Any]:
+        (row,) = decoding.rows
+        for _ in decoding:
+            if self.tokenizer is None:
+                yield row.tokens[-1]
+            elif row.piece:
+                yield row.piece
+
+    def _start(self, prompts: Any, options: "Options", *, stream: bool) -> "_Decoding":
+        _require_caches(self.contract, self.metadata)
+        options.sampling.check()
+        stop = [options.stop] if isinstance(options.stop, str) else list(options.stop)
+        if stop and self.tokenizer is None:
+            raise GenerationError("A stop text was given, and the program has no tokenizer", fix="Use eos_token_ids")
+        if not all(stop):
+            raise GenerationError("A stop text is empty", fix="Leave it out")
+        rows = read_prompts(prompts, self.tokenizer, chat=options.chat, attention_mask=options.attention_mask)
+        check_request(rows, options.max_new_tokens, self.contract, self.metadata)
+        eos = frozenset(self.metadata.eos_token_ids if options.eos_token_ids is None else options.eos_token_ids)
+        incremental = self.tokenizer is not None and (stream or bool(stop))
+        outcomes = [_Row(options.max_new_tokens, eos, self.tokenizer, stop if incremental else None) for _ in rows]
+        return _Decoding(_Steps(self.run, self.contract, rows, options.max_new_tokens), rows, outcomes, options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What may be asked of a generation besides its prompts; see `Sampling` for how tokens are chosen."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: Sequence[str] = ()
+    eos_token_ids: Sequence[int] | None = None
+    chat: bool = False
+    attention_mask: Tensor | None = None
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed)
+
+
+def _require_caches(contract: Contract, metadata: Metadata) -> None:
+    if not metadata.causal:
+        raise GenerationError(
+            f"{metadata.name} is not a causal language model, so it cannot continue a prompt",
+            fix="Call the program with its inputs instead",
+        )
+    if not contract.state or any(contract.input(role) is None for role in ("token", "position", "key_position")):
+        raise GenerationError(
+            f"{metadata.name} was compiled without caches, so every new token would recompute the whole text",
+            fix="Compile it with a recipe that has static_cache, such as fp32 or int8",
+        )
+    unknown = [spec.name for spec in contract.inputs if spec.role not in STEP_ROLES]
+    if unknown:
+        raise GenerationError(
+            f"The program takes {', '.join(unknown)}, which tokens alone do not determine",
+            fix="Call the program with all its inputs by name",
+        )
+
+
+class _Steps:
+    """The inputs of one batch, step after step, and the caches they are about.
+
+    Everything that a step needs is allocated once; a step changes it in place.
+    """
+
+    def __init__(self, run: Run, contract: Contract, prompts: list[list[int]], new_tokens: int) -> None:
+        self._run = run
+        names = {spec.role: spec.name for spec in contract.inputs}
+        self._token, self._position, self._keys = names["token"], names["position"], names["key_position"]
+        self._index = names.get("logit_index")
+        self._lengths = [len(prompt) for prompt in prompts]
+        needed = max(self._lengths) + new_tokens
+        # The last slot of a cache is scratch.
+        self._tensors = contract.allocate({"batch": len(prompts), "capacity": needed + 1})
+        self._steps = torch.arange(needed)
+        self._live = max(self._lengths)
+        self._advance = torch.ones(len(prompts), 1, dtype=torch.int64)
+
+    @torch.no_grad()
+    def prefill(self, prompts: list[list[int]]) -> Tensor:
+        """Runs over all prompts at once; the logits [B, V] after each one's last token."""
+        tokens = torch.zeros(len(prompts), self._live, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = torch.tensor(prompt)
+        lengths = torch.tensor(self._lengths)[:, None]
+        steps = self._steps[: self._live]
+        last = lengths - 1
+        chunk = {self._token: tokens, self._position: torch.where(steps < lengths, steps, -1), self._keys: steps}
+        if self._index:
+            chunk[self._index] = last
+        logits = self._run({**self._tensors, **chunk})[0]
+        self._prepare_steps(last)
+        if self._index:
+            return logits[:, 0]
+        return logits[torch.arange(len(prompts)), last[:, 0]]
+
+    def _prepare_steps(self, last: Tensor) -> None:
+        self._tensors[self._token] = torch.zeros_like(last)
+        self._tensors[self._position] = last.clone()
+        if self._index:
+            self._tensors[self._index] = torch.zeros_like(last)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Runs over one new token [B] of every prompt; the logits [B, V] after it."""
+        tensors = self._tensors
+        self._live += 1
+        tensors[self._token].copy_(tokens[:, None])
+        tensors[self._position].add_(self._advance)
+        tensors[self._keys] = self._steps[: self._live]
+        return self._run(tensors)[0][:, -1]
+
+    def end(self, row: int) -> None:
+        """From now on the tokens of this row count as padding."""
+        self._tensors[self._position][row] = -1
+        self._advance[row] = 0
+
+
+class _Decoding:
+    """A generation under way; each iteration adds one token to every row that has not ended."""
+
+    def __init__(self, steps: _Steps, prompts: list[list[int]], rows: list["_Row"], options: Options) -> None:
+        self.rows = rows
+        self.timing = Timing(prompt_tokens=sum(map(len, prompts)))
+        self._steps = steps
+        self._prompts = prompts
+        self._sampling = options.sampling
+
+    def __iter__(self) -> Iterator[None]:
+        """Prefill, then steps until every row has ended.
+
+        Time is taken around the program and the choice of tokens, not while a reader of the stream works.
+        """
+        generator = self._sampling.generator()
+        started = time.perf_counter()
+        logits = self._steps.prefill(self._prompts)
+        seen = _seen(self._prompts, logits) if self._sampling.repetition_penalty != 1.0 else None
+        tokens = choose(logits, self._sampling, generator, seen)
+        self.timing.prefill_seconds = time.perf_counter() - started
+        active = self._take(tokens, list(range(len(self.rows))))
+        yield
+        while active:
+            started = time.perf_counter()
+            if seen is not None:
+                seen.scatter_(1, tokens[:, None], True)
+            tokens = choose(self._steps.step(tokens), self._sampling, generator, seen)
+            active = self._take(tokens, active)
+            self.timing.decode_seconds += time.perf_counter() - started
+            decoded = self.timing.new_tokens - len(self.rows)
+            self.timing.tokens_per_second = decoded / self.timing.decode_seconds
+            yield
+
+    def _take(self, tokens: Tensor, active: list[int]) -> list[int]:
+        """Gives every active row its token; returns the rows that go on."""
+        values = tokens.tolist()
+        self.timing.new_tokens += len(active)
+        ended = [index for index in active if self.rows[index].push(values[index])]
+        for index in ended:
+            self._steps.end(index)
+        return [index for index in active if index not in ended] if ended else active
+
+
+def _seen(prompts: list[list[int]], logits: Tensor) -> Tensor:
+    seen = torch.zeros(logits.shape, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        # A vocabulary may hold more tokens than the head predicts.
+        seen[row, [token for token in prompt if token < logits.shape[1]]] = True
+    return seen
+
+
+class _Row:
+    """One prompt's continuation as it grows."""
+
+    def __init__(
+        self, limit: int, eos: frozenset[int], tokenizer: Tokenizer | None, stop: list[str] | None = None
+    ) -> None:
+        """With `stop` (even an empty list) text is made token by token, else at the end."""
+        self.tokens: list[int] = []
+        self.finish = ""
+        self.piece = ""
+        """The text that the last token added."""
+        self._limit = limit
+        self._eos = eos
+        self._tokenizer = tokenizer
+        self._shown: list[str] = []
+        self._text = _Text(tokenizer.stream(), stop) if tokenizer is not None and stop is not None else None
+
+    def push(self, token: int) -> bool:
+        """Adds a token; whether the row has ended with it."""
+        self.tokens.append(token)
+        if token in self._eos:
+            self.finish = "eos"
+        elif len(self.tokens) == self._limit:
+            self.finish = "length"
+        if self._text is not None:
+            self.piece = "" if self.finish == "eos" else self._text.push(token)
+            if self._text.stopped:
+                self.finish = "stop"
+            if self.finish:
+                self.piece += self._text.flush()
+                if self._text.stopped:
+                    self.finish = "stop"
+            self._shown.append(self.piece)
+        return bool(self.finish)
+
+    def text(self) -> str:
+        """The whole continuation as text, without the end-of-sequence token."""
+        if self._text is not None:
+            return "".join(self._shown)
+        tokens = self.tokens[:-1] if self.finish == "eos" else self.tokens
+        return self._tokenizer.decode(tokens) if self._tokenizer is not None else ""
+
+
+class _Text:
+    """Text from tokens, up to a stop text: what may be its start is held back, across the borders of tokens."""
+
+    def __init__(self, stream: TokenStream, stop: list[str]) -> None:
+        self.stopped = False
+        self._stream = stream
+        self._stop = stop
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """The text that can be shown now."""
+        return self._show(self._stream.push(token))
+
+    def flush(self) -> str:
+        """What is left when no more tokens come."""
+        if self.stopped:
+            return ""
+        shown = self._show(self._stream.flush())
+        rest, self._held = self._held, ""
+        return shown + rest
+
+    def _show(self, piece: str) -> str:
+        if not self._stop:
+            return piece
+        text = self._held + piece
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        held = max(_overlap(text, stop) for stop in self._stop)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that `stop` starts with.
+
+    >>> _overlap("a new EN", "END")
+    2
+    """
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
+
+
+__all__ = ["GenerationResult", "Generator", "Options", "Run", "Timing"]

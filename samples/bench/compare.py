@@ -1,0 +1,66 @@
+"""The benchmark against peers: one interleaved run, 2 threads, batch 1, SmolLM2; medians and ratios.
+
+    python samples/bench/compare.py smollm2-fp32 smollm2-int8 smollm2-int4 --rounds 5
+
+Arguments are artifact directories; the peers are eager Hugging Face and torch.compile with a static cache.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from peers import HuggingFace, Peer, TorchCompile, interleaved
+from rich.console import Console
+from rich.table import Table
+
+import graphwright
+from graphwright.sources import demo_model, open_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("artifacts", nargs="+", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    console = Console(stderr=True)
+    model = open_model(demo_model()).model
+    peers: list[Peer] = [HuggingFace(model), TorchCompile(model)]
+    peers += [Peer.of_artifact(path.name, graphwright.load(path)) for path in arguments.artifacts]
+    timings = interleaved(
+        peers,
+        prompt_tokens=arguments.prompt_tokens,
+        new_tokens=arguments.new_tokens,
+        rounds=arguments.rounds,
+        progress=console.print,
+    )
+    eager = timings[peers[0].name]
+    rows = [
+        {
+            "peer": peer.name,
+            "decode tok/s": round(timings[peer.name].decode, 1),
+            "decode × eager": round(timings[peer.name].decode / eager.decode, 2),
+            "prefill tok/s": round(timings[peer.name].prefill, 1),
+            "prefill × eager": round(timings[peer.name].prefill / eager.prefill, 2),
+            "weights MB": round(peer.weight_bytes / 1e6, 1),
+        }
+        for peer in peers
+    ]
+    if arguments.json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table(title=f"{arguments.threads} threads, batch 1, medians of {arguments.rounds} rounds")
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column == "peer" else "right")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
