@@ -67,8 +67,15 @@ class CompileOptions:
     fuel: int | None = None
 
 
-def rewrite(program: Program, recipe: Recipe, target: Target, options: CompileOptions | None = None) -> Program:
-    """Raises `program` and runs the recipe's passes over it; `program` itself is not changed.
+def rewrite(
+    program: Program,
+    recipe: Recipe,
+    target: Target,
+    options: CompileOptions | None = None,
+    *,
+    consume: bool = False,
+) -> Program:
+    """Raises `program` and runs the recipe's passes over it; unless `consume`, `program` itself is not changed.
 
     Raises:
         PassError: a pass failed, or broke what it promises.
@@ -82,7 +89,7 @@ def rewrite(program: Program, recipe: Recipe, target: Target, options: CompileOp
         progress=options.progress,
     )
     manager = PassManager(context, recipe.budget, verify=options.verify, observers=options.observers, dump=options.dump)
-    return manager.run(program, plan_passes(recipe, program))
+    return manager.run(program, plan_passes(recipe, program), consume=consume)
 
 
 def compile(
@@ -131,8 +138,11 @@ def compile(
             del source
     with _timed(seconds, "rewrite"):
         before = shape_only(captured)
-        rewritten = rewrite(captured, wanted, machine, options)
-        del captured, model
+        # A program that the caller gave stays as it is; one captured here is used up, to free weights early.
+        mine = not isinstance(model, Program)
+        del model
+        rewritten = rewrite(captured, wanted, machine, options, consume=mine)
+        del captured
     workspace = tempfile.TemporaryDirectory(prefix="graphwright-")
     folder = Path(workspace.name)
     if tokenizer:

@@ -129,13 +129,16 @@ class PassManager:
     dump: Path | None = None
     stop_when_empty: bool = False
 
-    def run(self, program: Program, passes: Sequence[Pass]) -> Program:
-        """The program after all passes; `program` itself is not changed.
+    def run(self, program: Program, passes: Sequence[Pass], *, consume: bool = False) -> Program:
+        """The program after all passes.
+
+        `program` itself is not changed, unless `consume` allows it: then weights that a pass replaces are freed as
+        soon as the pass is checked, and the caller must not use `program` again.
 
         Raises:
             PassError: a pass failed or broke its contract.
         """
-        current = program.clone()
+        current = program if consume else program.clone()
         self._dump(current, 0, "capture")
         outputs: dict[int, tuple[Tensor, ...]] = {}
         for number, one in enumerate(passes, start=1):

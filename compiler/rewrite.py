@@ -239,7 +239,7 @@ def extend_contract(
 ) -> dict[str, fx.Node]:
     """Adds inputs and state to `program` in place, and drops inputs that nothing reads any more.
 
-    Shapes of all nodes are recomputed, with the new dimensions among the symbols.
+    New dimensions become symbols of the graph's shapes.
 
     Returns:
         All placeholders by name.
@@ -256,7 +256,12 @@ def extend_contract(
             nodes[spec.name] = graph.placeholder(spec.name)
     for name in program.contract.names:
         first.prepend(nodes[name])
-    shapes.propagate(program.module, program.contract)
+    mode = shapes.mode_of(graph)
+    if isinstance(mode, shapes.ContractMode):
+        for spec in (*inputs, *state):
+            nodes[spec.name].meta["val"] = mode.placeholder(spec, program.contract)
+    elif inputs or state:
+        shapes.propagate(program.module, program.contract)
     return nodes
 
 

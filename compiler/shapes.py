@@ -7,23 +7,24 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from graphwright.contract import Contract, resolve
+from graphwright.contract import Contract, InputSpec, StateSpec, resolve
 
 HINT_PRIMES = (3, 7, 13, 17, 23, 29, 31, 37)
 """Example sizes of the symbolic dimensions: distinct, so that duck shaping ties equal names and no others."""
 
 
-def fake_inputs(contract: Contract) -> dict[str, FakeTensor]:
-    """One fake tensor per input and state; equal dimension names share one symbol."""
-    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=True), allow_non_fake_inputs=True)
-    sizes = _hints(contract)
-    fakes = {}
-    for spec in (*contract.inputs, *contract.state):
-        example = torch.empty(resolve(spec.shape, sizes), dtype=spec.dtype)
+class ContractMode(FakeTensorMode):
+    """A fake mode whose symbols are the dimensions of a contract."""
+
+    def __init__(self) -> None:
+        super().__init__(shape_env=ShapeEnv(duck_shape=True), allow_non_fake_inputs=True)
+
+    def placeholder(self, spec: InputSpec | StateSpec, contract: Contract) -> FakeTensor:
+        """A fake tensor for an input or state; equal dimension names share one symbol."""
+        example = torch.empty(resolve(spec.shape, _hints(contract)), dtype=spec.dtype)
         dynamic = [DimDynamic.DUCK if isinstance(d, str) else DimDynamic.STATIC for d in spec.shape]
         context = StatelessSymbolicContext(dynamic_sizes=dynamic)  # type: ignore[var-annotated]
-        fakes[spec.name] = mode.from_tensor(example, symbolic_context=context)
-    return fakes
+        return self.from_tensor(example, symbolic_context=context)
 
 
 def _hints(contract: Contract) -> dict[str, int]:
@@ -40,8 +41,8 @@ def _hints(contract: Contract) -> dict[str, int]:
 
 def propagate(module: fx.GraphModule, contract: Contract) -> None:
     """Sets `meta["val"]` of every node of `module`."""
-    fakes = fake_inputs(contract)
-    mode = next(iter(fakes.values())).fake_mode if fakes else FakeTensorMode(shape_env=ShapeEnv())
+    mode = ContractMode()
+    fakes = {spec.name: mode.placeholder(spec, contract) for spec in (*contract.inputs, *contract.state)}
     values: dict[fx.Node, Any] = {}
     for node in module.graph.nodes:
         if node.op == "placeholder":
@@ -49,6 +50,16 @@ def propagate(module: fx.GraphModule, contract: Contract) -> None:
         elif node.op != "output":
             values[node] = compute(node, mode, module)
         node.meta["val"] = values.get(node)
+
+
+def update(module: fx.GraphModule, changed: set[fx.Node]) -> None:
+    """Recomputes `meta["val"]` of everything that depends on the nodes in `changed`."""
+    mode = mode_of(module.graph)
+    stale = set(changed)
+    for node in module.graph.nodes:
+        if node.op == "call_function" and (node in stale or stale.intersection(node.all_input_nodes)):
+            node.meta["val"] = compute(node, mode, module)
+            stale.add(node)
 
 
 def compute(node: fx.Node, mode: FakeTensorMode, module: fx.GraphModule) -> Any:

@@ -10,18 +10,19 @@ not a token, padding and the rows that have ended. Nothing in the step is propor
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from graphwright.contract import Contract
+from graphwright.engine.continuation import Row
 from graphwright.engine.prompts import check_request, read_prompts
 from graphwright.engine.sampling import Sampling, choose
-from graphwright.engine.tokenizer import Tokenizer, TokenStream
-from graphwright.errors import GenerationError
+from graphwright.engine.tokenizer import Tokenizer
+from graphwright.errors import GenerationError, nearest
 from graphwright.program import Metadata
 
 Run = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
@@ -78,7 +79,7 @@ class Generator:
         Raises:
             GenerationError: the request cannot be served; nothing has been run.
         """
-        decoding = self._start(prompts, Options(**options), stream=False)
+        decoding = self._start(prompts, Options.of(options), stream=False)
         for _ in decoding:
             pass
         rows = decoding.rows
@@ -93,7 +94,7 @@ class Generator:
         Raises:
             GenerationError: at once, if the request cannot be served.
         """
-        decoding = self._start(prompt, Options(**options), stream=True)
+        decoding = self._start(prompt, Options.of(options), stream=True)
         if len(decoding.rows) != 1:
             raise GenerationError(
                 f"There are {len(decoding.rows)} prompts, and only one can be streamed", fix="Use generate for several"
@@ -120,7 +121,7 @@ class Generator:
         check_request(rows, options.max_new_tokens, self.contract, self.metadata)
         eos = frozenset(self.metadata.eos_token_ids if options.eos_token_ids is None else options.eos_token_ids)
         incremental = self.tokenizer is not None and (stream or bool(stop))
-        outcomes = [_Row(options.max_new_tokens, eos, self.tokenizer, stop if incremental else None) for _ in rows]
+        outcomes = [Row(options.max_new_tokens, eos, self.tokenizer, stop if incremental else None) for _ in rows]
         return _Decoding(_Steps(self.run, self.contract, rows, options.max_new_tokens), rows, outcomes, options)
 
 
@@ -139,6 +140,19 @@ class Options:
     eos_token_ids: Sequence[int] | None = None
     chat: bool = False
     attention_mask: Tensor | None = None
+
+    @staticmethod
+    def of(given: Mapping[str, Any]) -> "Options":
+        """Options from keyword arguments.
+
+        Raises:
+            GenerationError: one of them is unknown.
+        """
+        known = {entry.name for entry in fields(Options)}
+        for name in given:
+            if name not in known:
+                raise GenerationError(f"There is no option {name}", fix=nearest(name, known))
+        return Options(**given)
 
     @property
     def sampling(self) -> Sampling:
@@ -227,7 +241,7 @@ class _Steps:
 class _Decoding:
     """A generation under way; each iteration adds one token to every row that has not ended."""
 
-    def __init__(self, steps: _Steps, prompts: list[list[int]], rows: list["_Row"], options: Options) -> None:
+    def __init__(self, steps: _Steps, prompts: list[list[int]], rows: list[Row], options: Options) -> None:
         self.rows = rows
         self.timing = Timing(prompt_tokens=sum(map(len, prompts)))
         self._steps = steps
@@ -274,92 +288,6 @@ def _seen(prompts: list[list[int]], logits: Tensor) -> Tensor:
         # A vocabulary may hold more tokens than the head predicts.
         seen[row, [token for token in prompt if token < logits.shape[1]]] = True
     return seen
-
-
-class _Row:
-    """One prompt's continuation as it grows."""
-
-    def __init__(
-        self, limit: int, eos: frozenset[int], tokenizer: Tokenizer | None, stop: list[str] | None = None
-    ) -> None:
-        """With `stop` (even an empty list) text is made token by token, else at the end."""
-        self.tokens: list[int] = []
-        self.finish = ""
-        self.piece = ""
-        """The text that the last token added."""
-        self._limit = limit
-        self._eos = eos
-        self._tokenizer = tokenizer
-        self._shown: list[str] = []
-        self._text = _Text(tokenizer.stream(), stop) if tokenizer is not None and stop is not None else None
-
-    def push(self, token: int) -> bool:
-        """Adds a token; whether the row has ended with it."""
-        self.tokens.append(token)
-        if token in self._eos:
-            self.finish = "eos"
-        elif len(self.tokens) == self._limit:
-            self.finish = "length"
-        if self._text is not None:
-            self.piece = "" if self.finish == "eos" else self._text.push(token)
-            if self._text.stopped:
-                self.finish = "stop"
-            if self.finish:
-                self.piece += self._text.flush()
-                if self._text.stopped:
-                    self.finish = "stop"
-            self._shown.append(self.piece)
-        return bool(self.finish)
-
-    def text(self) -> str:
-        """The whole continuation as text, without the end-of-sequence token."""
-        if self._text is not None:
-            return "".join(self._shown)
-        tokens = self.tokens[:-1] if self.finish == "eos" else self.tokens
-        return self._tokenizer.decode(tokens) if self._tokenizer is not None else ""
-
-
-class _Text:
-    """Text from tokens, up to a stop text: what may be its start is held back, across the borders of tokens."""
-
-    def __init__(self, stream: TokenStream, stop: list[str]) -> None:
-        self.stopped = False
-        self._stream = stream
-        self._stop = stop
-        self._held = ""
-
-    def push(self, token: int) -> str:
-        """The text that can be shown now."""
-        return self._show(self._stream.push(token))
-
-    def flush(self) -> str:
-        """What is left when no more tokens come."""
-        if self.stopped:
-            return ""
-        shown = self._show(self._stream.flush())
-        rest, self._held = self._held, ""
-        return shown + rest
-
-    def _show(self, piece: str) -> str:
-        if not self._stop:
-            return piece
-        text = self._held + piece
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        held = max(_overlap(text, stop) for stop in self._stop)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that `stop` starts with.
-
-    >>> _overlap("a new EN", "END")
-    2
-    """
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
 
 
 __all__ = ["GenerationResult", "Generator", "Options", "Run", "Timing"]

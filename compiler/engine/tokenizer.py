@@ -150,39 +150,38 @@ class Tokenizer:
 class TokenStream:
     """Decodes tokens as they come; the pieces put together are what `decode` says of all tokens.
 
-    What a token spells may depend on its neighbours: a character of several bytes is spread over tokens, and a leading
-    blank disappears at the start of a text. So a few tokens are decoded with and without the new one, and the difference
-    is the piece; it is held back while it ends within a character.
+    What a token spells may depend on its neighbours: a character of several bytes is spread over tokens, and a
+    leading blank disappears at the start of a text. So the tokens of the last piece are kept for context, decoded
+    with and without the new one, and the difference is the next piece; it is held back while it ends within a
+    character.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._window: list[int] = []
-        """Tokens already shown, for context, then those held back."""
+        self._context = 0
+        """How many tokens of the window have been shown; what follows is held back."""
         self._shown = ""
-        """The text of the window that has been shown."""
+        """The text of those."""
 
     def push(self, token: int) -> str:
         """The text that this token completes, possibly none."""
-        start = len(self._window)
         self._window.append(token)
         text = self._tokenizer.decode(self._window)
         if len(text) <= len(self._shown) or text.endswith(INCOMPLETE):
             return ""
         piece = text[len(self._shown) :]
-        # The newest token alone is context enough, unless it is special or half a character.
-        recent = self._tokenizer.decode(self._window[start:])
-        if recent and not recent.startswith(INCOMPLETE):
-            self._window = self._window[start:]
-            self._shown = recent
-        else:
-            self._shown = text
+        recent = self._tokenizer.decode(self._window[self._context :])
+        if recent:
+            # All before the piece ended with a whole character, so the piece's own tokens are context enough.
+            self._window, text = self._window[self._context :], recent
+        self._context, self._shown = len(self._window), text
         return piece
 
     def flush(self) -> str:
         """The text still held back, when no more tokens come."""
         piece = self._tokenizer.decode(self._window)[len(self._shown) :]
-        self._window, self._shown = [], ""
+        self._window, self._context, self._shown = [], 0, ""
         return piece
 
 

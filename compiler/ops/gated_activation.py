@@ -29,6 +29,11 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation](gate) * up
 
 
+@gated_activation.fake
+def _fake(gate: Tensor, *_rest: object, **_more: object) -> Tensor:
+    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+
+
 @gated_activation.cost
 def _cost(gate: TensorInfo, *_rest: object, **_more: object) -> Cost:
     return Cost(flops=6 * gate.numel)

@@ -31,6 +31,11 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool = F
     return (normed.to(x.dtype) * weight).to(x.dtype)
 
 
+@rms_norm.fake
+def _fake(x: Tensor, *_rest: object, **_more: object) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
 @rms_norm.cost
 def _cost(x: TensorInfo, *_rest: object, **_more: object) -> Cost:
     return Cost(flops=5 * x.numel)

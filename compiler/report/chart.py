@@ -81,7 +81,7 @@ def roofline_chart(report: Report) -> Chart | None:
         return None
     intensities = [row["flops"] / row["bytes"] for row in rows]
     rates = [row["flops"] / row["seconds"] for row in rows]
-    high_x = max(*intensities, max(peaks.values()) / bandwidth) * 4
+    high_x = max(*intensities, max(peaks.values()) / bandwidth) * 12
     low_x = min(*intensities, min(peaks.values()) / bandwidth) / 4
     x = _Axis(low_x, high_x, LEFT, WIDTH - LEFT - RIGHT)
     y = _Axis(min(*rates, bandwidth * low_x) / 2, max(peaks.values()) * 3, HEIGHT - BOTTOM, TOP + BOTTOM - HEIGHT)
@@ -120,13 +120,24 @@ def _apart(points: list[Point]) -> list[Point]:
     placed: list[Point] = []
     for point in sorted(points, key=lambda p: (p.y, p.x)):
         label_y = point.label_y
-        while any(abs(label_y - p.label_y) < LABEL_HEIGHT and _overlap(point, p) for p in placed):
+        while any((abs(label_y - p.label_y) < LABEL_HEIGHT and _overlap(point, p)) for p in placed) or any(
+            _covers(point, label_y, p) for p in points
+        ):
             label_y += 1
         placed.append(replace(point, label_y=label_y))
     return placed
 
 
+def _covers(labelled: Point, label_y: float, point: Point) -> bool:
+    """Whether the label at `label_y` would lie on the mark of `point`."""
+    left = _label_left(labelled)
+    return left - 6 < point.x < left + LABEL_WIDTH and label_y - LABEL_HEIGHT - 2 < point.y < label_y + 6
+
+
+def _label_left(point: Point) -> float:
+    return point.label_x - (LABEL_WIDTH if point.anchor == "end" else 0.0)
+
+
 def _overlap(one: Point, other: Point) -> bool:
     """Whether the labels share a column."""
-    left, right = (p.label_x - (LABEL_WIDTH if p.anchor == "end" else 0.0) for p in (one, other))
-    return abs(left - right) < LABEL_WIDTH
+    return abs(_label_left(one) - _label_left(other)) < LABEL_WIDTH

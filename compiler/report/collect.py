@@ -64,7 +64,7 @@ def collect(
         seconds=dict(seconds),
         peak_memory_bytes=peak_memory_bytes,
         versions=_versions(),
-    )
+    ).plain()
 
 
 def op_counts(program: Program) -> dict[str, int]:

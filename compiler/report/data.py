@@ -122,6 +122,10 @@ class Report:
     accuracy: dict[str, Any] | None = None
     version: int = field(default=VERSION)
 
+    def plain(self) -> "Report":
+        """The report as it is after saving and loading: lists for tuples, text for what JSON does not know."""
+        return Report.from_json(json.loads(json.dumps(self.to_json(), default=str)))
+
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` is its inverse."""
         return asdict(self)
@@ -133,6 +137,8 @@ class Report:
         Raises:
             ArtifactError: the data was written by another version of the format, or lacks a part.
         """
+        if not isinstance(data, Mapping):
+            raise ArtifactError("The report is not a JSON object", fix="Compile the model again")
         if data.get("version") != VERSION:
             raise ArtifactError(
                 f"The report has format {data.get('version')}; this version reads format {VERSION}",

@@ -152,7 +152,7 @@ def _with_passings(
 
 def _ordered_rows(graph: "networkx.DiGraph[Key]") -> list[list[Key]]:
     """Rows in the order with the fewest crossings that barycentre sweeps find."""
-    count = 1 + max(row for _, row in graph.nodes(data="row"))
+    count = 1 + max(int(graph.nodes[key]["row"]) for key in graph)
     rows: list[list[Key]] = [[] for _ in range(count)]
     for key in networkx.dfs_preorder_nodes(graph.to_undirected(as_view=True)):
         rows[graph.nodes[key]["row"]].append(key)

@@ -13,11 +13,12 @@ import torch
 from pydantic import Field
 from torch import fx
 
+from graphwright import shapes
 from graphwright.contract import DTYPES
 from graphwright.ops import attention, rope
 from graphwright.pass_ import Context, Paper, Pass, PassResult
 from graphwright.program import Program
-from graphwright.rewrite import Editor, extend_contract
+from graphwright.rewrite import Editor
 from graphwright.serialize import set_attribute
 
 aten = torch.ops.aten
@@ -48,7 +49,7 @@ class Cast(Pass):
                         set_attribute(program.module, name, program.weight(name).to(dtype))
                         editor.note(node, name)
         _cast_outputs(program, dtype, floating)
-        extend_contract(program)
+        shapes.propagate(program.module, program.contract)
         return PassResult(program, editor.sites)
 
 

@@ -11,7 +11,7 @@ picks positions of the input sequence: one for generation, all for perplexity, a
 import torch
 from torch import fx
 
-from graphwright import structure
+from graphwright import shapes, structure
 from graphwright.contract import Dim, InputSpec
 from graphwright.errors import PassError
 from graphwright.feeding import logits_of
@@ -56,7 +56,7 @@ class SelectLogits(Pass):
             chosen = editor.call(aten.gather.default, hidden, 1, index, before=head)
             head.args = (chosen, *head.args[1:])
             editor.note(head, "head")
-        extend_contract(program)
+        shapes.update(program.module, {head})
         return PassResult(program, editor.sites)
 
     def verify(self, before: Program, after: Program, context: Context) -> float:
