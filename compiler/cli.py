@@ -4,6 +4,7 @@ Every command ends in a summary or, with `--json`, in one JSON document on stand
 standard error. A mistake of the user's is one paragraph and an exit code; `--debug` adds the traceback.
 """
 
+import ctypes
 import json
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ from graphwright.program import Program
 from graphwright.report.terminal import print_report
 from graphwright.sources import open_model
 from graphwright.target import Target, known_targets
+
+M_MMAP_THRESHOLD = -3
 
 app = typer.Typer(
     help="Make a large language model smaller and faster on your own hardware.",
@@ -287,6 +290,7 @@ def capture_named(model: str) -> Program:
 
 def main() -> None:
     """Entry point: runs the app and turns errors into paragraphs and exit codes."""
+    _return_freed_memory()
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
@@ -299,6 +303,16 @@ def main() -> None:
     except KeyboardInterrupt:
         messages.print("interrupted")
         sys.exit(130)
+
+
+def _return_freed_memory() -> None:
+    """Tells glibc to give tensors of a megabyte and more back when they are freed.
+
+    Otherwise it keeps them, and a compile's memory grows by the size of what the passes have replaced.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _speed(compiled: Compiled, **options: Any) -> speed.Speed:

@@ -121,15 +121,17 @@ def compile(
     machine = target if isinstance(target, Target) else Target.parse(target)
     lowering = backend_for(machine, options.backend)
     plan_passes(wanted)
+    workspace = tempfile.TemporaryDirectory(prefix="graphwright-")
+    folder = Path(workspace.name)
     seconds: dict[str, float] = {}
-    tokenizer = None
     with _timed(seconds, "capture"):
         options.progress("capture", 0.0)
         if isinstance(model, Program):
             captured = model
         else:
             source = open_model(model)
-            tokenizer = source.tokenizer_directory
+            if source.tokenizer_directory:
+                shutil.copytree(source.tokenizer_directory, folder / TOKENIZER)
             inputs = example_inputs if example_inputs is not None else source.example_inputs
             captured = capture(source.model, inputs, dims=dims)
             metadata = captured.metadata.with_(name=source.name or captured.metadata.name)
@@ -143,10 +145,6 @@ def compile(
         del model
         rewritten = rewrite(captured, wanted, machine, options, consume=mine)
         del captured
-    workspace = tempfile.TemporaryDirectory(prefix="graphwright-")
-    folder = Path(workspace.name)
-    if tokenizer:
-        shutil.copytree(tokenizer, folder / TOKENIZER)
     with _timed(seconds, "lower"):
         kernels = folder / KERNELS
         kernels.mkdir()

@@ -53,4 +53,5 @@ def dequantize(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: i
     """Float32 [N, G * group_size] from storage, scales [N, G] and zero points [N, G] or None."""
     codes = unpack(packed, bits, group_size).unflatten(-1, (-1, group_size)).float()
     zero = ZERO_CODE[bits] if zero_point is None else zero_point.float().unsqueeze(-1)
-    return ((codes - zero) * scale.float().unsqueeze(-1)).flatten(-2)
+    # In place: the head of a vocabulary is the largest tensor of a small model.
+    return codes.sub_(zero).mul_(scale.float().unsqueeze(-1)).flatten(-2)

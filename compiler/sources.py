@@ -31,6 +31,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import nn
 
+from graphwright.engine.tokenizer import Tokenizer
 from graphwright.errors import GraphwrightError, SourceError, nearest
 
 TOKENIZER_FILES = (
@@ -312,12 +313,8 @@ def _with_tokenizer(source: Source, tokenizer: Any) -> Source:
         return source
     saves = hasattr(tokenizer, "save_pretrained")
     given = None if saves else Path(tokenizer).expanduser()
-    if given is not None and not (given / "tokenizer.json").is_file():
-        raise SourceError(
-            "There is no tokenizer.json",
-            where=str(given),
-            fix="Write one with AutoTokenizer.from_pretrained(model).save_pretrained(directory)",
-        )
+    if given is not None:
+        Tokenizer(given)  # is it one, and whole?
     folder = tempfile.mkdtemp(prefix="graphwright-tokenizer-")
     weakref.finalize(source, shutil.rmtree, folder, ignore_errors=True)
     if given is None:

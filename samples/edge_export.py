@@ -1,6 +1,6 @@
 """Face three: the rewritten graph in a format that other runtimes load.
 
-    python samples/edge_export.py MODEL FILE.pt2
+python samples/edge_export.py MODEL FILE.pt2
 """
 
 import argparse

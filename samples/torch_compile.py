@@ -1,6 +1,6 @@
 """Face one: Graphwright as a backend of torch.compile, under the model's own `generate`.
 
-    python samples/torch_compile.py
+python samples/torch_compile.py
 """
 
 import torch

@@ -1,6 +1,6 @@
 """A newcomer's hour: write a pass, run it, see it verified, and see a wrong one caught.
 
-    python samples/write_a_pass.py
+python samples/write_a_pass.py
 """
 
 import torch

@@ -120,8 +120,11 @@ def _row(row: Any, tokenizer: Tokenizer | None, chat: bool) -> list[int]:
         raise _unknown(row)
     if row and all(isinstance(message, dict) for message in row):
         return _from_text(list(row), tokenizer, chat)
-    if not all(_is_token(token) for token in row):
-        raise _unknown(row)
+    for token in row:
+        if not _is_token(token):
+            raise GenerationError(
+                f"A list of tokens holds {type(token).__name__} {token!r:.40}", fix="Give a text, or integers only"
+            )
     return list(row)
 
 

@@ -113,9 +113,10 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     probabilities = logits.softmax(-1)
     size = logits.shape[-1]
     for count in (*(n for n in TOP_P_CANDIDATES if n < size), size):
-        likely, index = probabilities.topk(count)
+        # topk of everything is far slower than sort.
+        likely, index = probabilities.topk(count) if count < size else probabilities.sort(descending=True)
         before = likely.cumsum(-1) - likely
-        if count == size or bool((before[:, -1] >= p).all()):
+        if bool((before[:, -1] >= p).all()):
             break
     keep = before < p
     keep[:, 0] = True

@@ -153,7 +153,8 @@ class TokenStream:
     What a token spells may depend on its neighbours: a character of several bytes is spread over tokens, and a
     leading blank disappears at the start of a text. So the tokens of the last piece are kept for context, decoded
     with and without the new one, and the difference is the next piece; it is held back while it ends within a
-    character.
+    character. Only where tokens spell no text at all may the two differ: some decoders then take back whole characters
+    before the wrong byte, which have been shown already.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

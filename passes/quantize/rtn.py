@@ -129,8 +129,8 @@ def quantize(
         PassError: the weight holds NaN or infinity, or a scale overflows `scale_dtype`.
     """
     low, high = packing.CODE_RANGE[bits]
-    wide = weight.float()
-    wide = functional.pad(wide, (0, -wide.shape[1] % group_size)).unflatten(1, (-1, group_size))
+    wide, missing = weight.float(), -weight.shape[1] % group_size
+    wide = (functional.pad(wide, (0, missing)) if missing else wide).unflatten(1, (-1, group_size))
     zero: Tensor | float
     if symmetric:
         scale = wide.abs().amax(-1) / ((high - low) // 2)
@@ -140,7 +140,8 @@ def quantize(
         smallest, largest = wide.amin(-1).clamp(max=0), wide.amax(-1).clamp(min=0)
         scale = _stored((largest - smallest) / (high - low), scale_dtype)
         zero = (low - smallest / scale.float()).round().clamp(low, high).unsqueeze(-1)
-    codes = (wide / scale.float().unsqueeze(-1) + zero).round().clamp(low, high).flatten(1)
+    # In place: the head of a vocabulary is the largest tensor of a small model.
+    codes = (wide / scale.float().unsqueeze(-1)).add_(zero).round_().clamp_(low, high).flatten(1)
     points = zero.squeeze(-1).to(packing.STORAGE[bits]) if isinstance(zero, Tensor) else None
     return codes, scale, points
 
@@ -158,4 +159,5 @@ def _relative_error(
     weight: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int
 ) -> float:
     dense = packing.dequantize(packed, scale, zero, bits, group_size)[:, : weight.shape[1]]
-    return float((dense - weight.float()).norm() / weight.float().norm().clamp_min(1e-30))
+    wide = weight.float()
+    return float((dense - wide).norm() / wide.norm().clamp_min(1e-30))

@@ -33,9 +33,7 @@ def test_saved_programs_load_equal(name, recipe, tmp_path):
     assert loaded.contract == rewritten.contract
     assert loaded.metadata == rewritten.metadata
     sizes = {"batch": 2, "sequence": 5}
-    for found, expected in zip(
-        loaded(**drawn(loaded, sizes, 3)), rewritten(**drawn(rewritten, sizes, 3)), strict=True
-    ):
+    for found, expected in zip(loaded(**drawn(loaded, sizes, 3)), rewritten(**drawn(rewritten, sizes, 3)), strict=True):
         assert torch.equal(found, expected)
 
 

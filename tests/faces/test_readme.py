@@ -68,7 +68,13 @@ def test_samples_without_arguments(name):
 
 def test_samples_over_a_model(tiny_model_directory, tmp_path):
     for name, output in (("ahead_of_time.py", "artifact"), ("edge_export.py", "model.pt2")):
-        command = [sys.executable, "-P", str(ROOT / "samples" / name), str(tiny_model_directory), str(tmp_path / output)]
+        command = [
+            sys.executable,
+            "-P",
+            str(ROOT / "samples" / name),
+            str(tiny_model_directory),
+            str(tmp_path / output),
+        ]
         finished = subprocess.run(command, capture_output=True, text=True)
         assert finished.returncode == 0, finished.stderr
         assert (tmp_path / output).exists()
