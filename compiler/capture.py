@@ -251,7 +251,8 @@ def _flatten(exported: torch.export.ExportedProgram, tensors: Mapping[str, Tenso
     """A flat graph: weights as get_attr, placeholders for the tensor inputs, a tuple as output."""
     unlifted = exported.module(check_guards=False)
     graph = fx.Graph()
-    output = graph.graph_copy(unlifted.graph, copied := {})
+    copied: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(unlifted.graph, copied)
     for source, node in copied.items():
         node.meta = dict(source.meta)
     graph.output(tuple(output) if isinstance(output, (list, tuple)) else (output,))

@@ -173,7 +173,7 @@ def _split_einsum(node: fx.Node, module: fx.GraphModule) -> None:
 
 
 def _is_idle_dropout(node: fx.Node) -> bool:
-    return node.target is aten.dropout.default and (node.args[1] == 0 or node.args[2] is False)
+    return node.target is aten.dropout.default and bool(node.args[1] == 0 or node.args[2] is False)
 
 
 def _simplify_cast(node: fx.Node) -> None:

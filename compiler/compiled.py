@@ -111,7 +111,8 @@ def compile(
         target: a target's name.
         example_inputs: for modules that are not language models, see `capture`.
         dims: symbolic dimensions, see `capture`.
-        options: how to compile; keyword arguments replace single fields of it.
+        options: how to compile.
+        **changes: single fields of `options`, such as `verify=False`.
 
     Raises:
         GraphwrightError: the model, recipe or target is wrong, or a stage failed. Nothing is written.

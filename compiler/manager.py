@@ -94,7 +94,7 @@ def _refuse_conflicts(passes: Sequence[Pass], held: set[str]) -> None:
 
 
 def _order(passes: Sequence[Pass]) -> list[Pass]:
-    graph = networkx.DiGraph()
+    graph: networkx.DiGraph[int] = networkx.DiGraph()
     graph.add_nodes_from(range(len(passes)))
     for later, wanting in enumerate(passes):
         for earlier, providing in enumerate(passes):

@@ -34,7 +34,8 @@ def pack(codes: Tensor, bits: int, group_size: int) -> Tensor:
         return codes.to(torch.int8)
     grouped = codes.to(torch.uint8).unflatten(-1, (-1, group_size))
     half = group_size // 2
-    return (grouped[..., :half] | (grouped[..., half:] << 4)).flatten(-2)
+    packed: Tensor = grouped[..., :half] | (grouped[..., half:] << 4)
+    return packed.flatten(-2)
 
 
 def unpack(packed: Tensor, bits: int, group_size: int) -> Tensor:

@@ -98,7 +98,7 @@ def make_pass(entry: Any) -> Pass:
     if isinstance(entry, Pass):
         return entry
     if isinstance(entry, str):
-        name, options = entry, {}
+        name, options = entry, None
     elif isinstance(entry, Mapping) and len(entry) == 1:
         ((name, options),) = entry.items()
     else:

@@ -77,8 +77,5 @@ def backend(name: str) -> "Backend":
 
 def _modules(package: str) -> list[str]:
     root: ModuleType = importlib.import_module(package)
-    found = []
-    for info in pkgutil.walk_packages(root.__path__, prefix=f"{package}."):
-        if not info.ispkg:
-            found.append(info.name)
-    return sorted(found)
+    walked = pkgutil.walk_packages(root.__path__, prefix=f"{package}.")
+    return sorted(info.name for info in walked if not info.ispkg)

@@ -2,8 +2,8 @@
 
     make demo
 
-Captures the model, compiles it three times (fp32, int8, int4), saves the artifacts under `.demo/`, loads the int4 one in
-a fresh process without the modelling library, lets it answer, and compares speed, size and perplexity with eager
+Captures the model, compiles it three times (fp32, int8, int4), saves them under `.demo/`, loads the int4 one in a
+fresh process without the modelling library, lets it answer, and compares speed, size and perplexity with eager
 Hugging Face and with torch.compile over a static cache.
 """
 
@@ -82,7 +82,7 @@ def compare(artifacts: dict[str, Path]) -> None:
     baseline = scores["fp32"].reference_perplexity or 0.0
 
     table = Table(title="SmolLM2-135M-Instruct, batch 1, decode after 128 tokens, prefill of 512; medians")
-    for column in ("", "decode tok/s", "× eager", "prefill tok/s", "weights MB", "perplexity", "KL nats"):
+    for column in ("", "decode tok/s", "x eager", "prefill tok/s", "weights MB", "perplexity", "KL nats"):
         table.add_column(column, justify="left" if not column else "right")
     eager = speeds[peers[0].name].decode
     for peer in peers:

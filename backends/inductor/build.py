@@ -146,7 +146,8 @@ def _examples(job: Job, contract: Contract) -> tuple[tuple[Tensor, ...], tuple[A
     sizes = {name: _hint(contract.dim(name), job.fixed) for name in dims}
     tensors, shapes = [], []
     for value in job.region.values:
-        concrete, symbolic = [], {}
+        concrete: list[int] = []
+        symbolic: dict[int, Any] = {}
         for axis, size in enumerate(value.shape):
             concrete.append(_size(size, job.names, sizes))
             dynamic = _size(size, job.names, dims) if isinstance(size, torch.SymInt) else size

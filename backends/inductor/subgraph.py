@@ -225,7 +225,8 @@ class _SizeBuilder:
 def _few_rows(program: Program) -> set[fx.Node]:
     """Linear layers over chosen positions: few rows, however long the sequence is."""
     by_name = {str(n.target): n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
-    chosen, long = set(), set()
+    chosen: set[Any] = set()
+    long: set[Any] = set()
     for spec in program.contract.inputs:
         symbols = {size for size in _expressions(by_name[spec.name]) if size.is_Symbol}
         (chosen if spec.role == "logit_index" else long).update(symbols)

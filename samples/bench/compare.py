@@ -44,9 +44,9 @@ def main() -> None:
         {
             "peer": peer.name,
             "decode tok/s": round(timings[peer.name].decode, 1),
-            "decode × eager": round(timings[peer.name].decode / eager.decode, 2),
+            "decode x eager": round(timings[peer.name].decode / eager.decode, 2),
             "prefill tok/s": round(timings[peer.name].prefill, 1),
-            "prefill × eager": round(timings[peer.name].prefill / eager.prefill, 2),
+            "prefill x eager": round(timings[peer.name].prefill / eager.prefill, 2),
             "weights MB": round(peer.weight_bytes / 1e6, 1),
         }
         for peer in peers

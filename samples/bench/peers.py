@@ -1,4 +1,4 @@
-"""Peers to measure against, in one process, taking turns: eager Hugging Face, torch.compile with a static cache, artifacts.
+"""Peers to measure against in one process, taking turns: eager Hugging Face, torch.compile with a static cache, us.
 
 Every peer offers the same two things: a prefill of some tokens, and one decode step at a position. `interleaved` runs
 them round by round, so that a slow minute of the machine hits all of them alike, and reports medians.

@@ -83,10 +83,10 @@ def smol(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
 @given(st.data())
 def test_pieces_put_together_are_the_decoded_text(tiny: Tokenizer, data: st.DataObject) -> None:
     """Bytes that spell nothing are left out for byte fallback, whose decoder then takes back what it said before."""
-    first = 258 if tiny.encode("\x00")[-1:] != tiny.encode("\x00") else 0
+    first = 258 if tiny.encode(" b") == tiny.encode("b") else 0  # only Metaspace takes the two for one
     tokens = st.integers(first, tiny.vocab_size - 1).map(lambda token: [token])
     letters = st.characters(min_codepoint=128, exclude_categories=("Cs",)).map(tiny.encode)
-    ids = sum(data.draw(st.lists(tokens | letters, max_size=30)), [])
+    ids = [token for part in data.draw(st.lists(tokens | letters, max_size=30)) for token in part]
     assert streamed(tiny, ids)[0] == tiny.decode(ids)
 
 
