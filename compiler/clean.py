@@ -169,7 +169,7 @@ def _split_einsum(node: fx.Node, module: fx.GraphModule) -> None:
         transposed = _insert(node, module, aten.transpose.int, operands[1], -2, -1)
         node.replace_all_uses_with(_insert(node, module, aten.matmul.default, operands[0], transposed))
     elif right[-2] == left[-1] and result[-1] == right[-1]:
-        node.replace_all_uses_with(_insert(node, module, aten.matmul.default, *operands))
+        node.replace_all_uses_with(_insert(node, module, aten.matmul.default, operands[0], operands[1]))
 
 
 def _is_idle_dropout(node: fx.Node) -> bool:

@@ -9,16 +9,15 @@ from graphwright.op import Cost, Sample, TensorInfo, op
 
 
 @op
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool = False, wide: bool = False) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool = False) -> Tensor:
     """X / sqrt(mean(x²) + eps) * weight over the last dimension, computed in float32.
 
     Args:
         x: [..., K].
         weight: [K], or None for no gain.
         eps: added to the mean square.
-        unit_offset: the gain is 1 + weight, multiplied in float32 (Gemma).
-        wide: the gain is multiplied in float32, before the only rounding (GPT-OSS, torch.nn.RMSNorm); else the
-            normalised x is rounded to its dtype first, as Llama does. The same in float32.
+        unit_offset: the gain is 1 + weight, multiplied in float32 (Gemma); else weight, multiplied in the
+            dtype of `x`, as Llama does.
 
     Returns:
         The shape and dtype of `x`.
@@ -29,7 +28,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, unit_offset: bool = F
         return normed.to(x.dtype)
     if unit_offset:
         return (normed * (1.0 + weight.float())).to(x.dtype)
-    return ((normed if wide else normed.to(x.dtype)) * weight).to(x.dtype)
+    return (normed.to(x.dtype) * weight).to(x.dtype)
 
 
 @rms_norm.fake
@@ -50,10 +49,6 @@ def _samples(dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample(
         (torch.randn(2, 5, 96, dtype=dtype), torch.randn(96, dtype=dtype), 1e-5, True),
         note="1 + weight",
-    )
-    yield Sample(
-        (torch.randn(2, 5, 96, dtype=dtype), torch.randn(96, dtype=dtype), 1e-5, False, True),
-        note="gain before rounding",
     )
     yield Sample((torch.randn(2, 5, 96, dtype=dtype), None, 1e-5), note="no gain")
     yield Sample((torch.zeros(1, 4, dtype=dtype), torch.ones(4, dtype=dtype), 1e-6), note="zero row")
