@@ -198,7 +198,7 @@ def _merge_equal(module: fx.GraphModule, changing: set[fx.Node]) -> None:
     for node in list(module.graph.nodes):
         if node.op == "get_attr":
             node.target = storages.setdefault(_tensor_key(module, str(node.target)), node.target)
-        elif node.op != "call_function" or not _is_pure(node) or changing.intersection(node.all_input_nodes):
+        elif node.op != "call_function" or not _is_pure(node) or changing.intersection((node, *node.all_input_nodes)):
             continue
         key = (node.op, node.target, _hashable(node.args), _hashable(node.kwargs))
         first = seen.setdefault(key, node)

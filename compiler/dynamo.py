@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from graphwright import clean
+from graphwright import clean, shapes
 from graphwright.capture import finish
 from graphwright.contract import Contract, Dim, InputSpec
 from graphwright.errors import BackendError, RecipeError, nearest
@@ -114,7 +114,27 @@ class _Region:
         manager = PassManager(context, self.recipe.budget, verify=self.verify and not _writes_inputs(flat))
         rewritten = manager.run(program, plan_passes(self.recipe, program))
         run = find_backend(self.target.backend or "inductor").jit(rewritten)
-        return lambda args: run([args[i] for i in kept])
+        names = {str(node.target) for node in clean.written(rewritten.module) if node.op == "placeholder"}
+        return _Densely(run, kept, [str(self.placeholders[i].target) in names for i in kept])
+
+
+class _Densely:
+    """Calls compiled code with contiguous arguments, as it was compiled for, and copies back what it wrote."""
+
+    def __init__(self, run: Callable[[Sequence[Any]], Any], kept: Sequence[int], written: Sequence[bool]) -> None:
+        self._run = run
+        self._kept = kept
+        self._written = written
+
+    def __call__(self, arguments: Sequence[Any]) -> Any:
+        """Runs the region."""
+        given = [arguments[i] for i in self._kept]
+        dense = [value.contiguous() for value in given]
+        outputs = self._run(dense)
+        for written, value, copy in zip(self._written, given, dense, strict=True):
+            if written and copy is not value and copy.data_ptr() != value.data_ptr():
+                value.copy_(copy)
+        return outputs
 
 
 def _is_number(node: fx.Node) -> bool:
@@ -205,14 +225,25 @@ def _program(flat: fx.GraphModule) -> Program:
             size.meta["val"] = node.meta["val"]
             node.replace_all_uses_with(size)
         graph.erase_node(node)
-    specs, dims = [], {}
+    specs: list[InputSpec] = []
+    dims: dict[str, Dim] = {}
     for node in tensors:
-        shape = tuple(int(s) if not isinstance(s, torch.SymInt) else str(s) for s in node.meta["val"].shape)
-        dims.update({d: Dim(d) for d in shape if isinstance(d, str) and d.isidentifier()})
+        shape = tuple(_size(size, dims) for size in node.meta["val"].shape)
         specs.append(InputSpec(str(node.target), node.meta["val"].dtype, shape))
     output = graph.output_node()
     names = tuple(f"output_{i}" for i in range(len(output.args[0])))  # type: ignore[arg-type]
-    return finish(flat, Contract(tuple(specs), names, tuple(dims.values())), Metadata("dynamo region"))
+    contract = Contract(tuple(specs), names, tuple(dims.values()))
+    # Symbols of our own: dynamo's also stand for Python floats, which are constants here.
+    shapes.propagate(flat, contract)
+    return finish(flat, contract, Metadata("dynamo region"))
+
+
+def _size(size: Any, dims: dict[str, Dim]) -> int | str:
+    """A number, or the name of a dimension; tracing may have found that a symbol is a number after all."""
+    expression = size.node.expr if isinstance(size, torch.SymInt) else size
+    if not isinstance(size, torch.SymInt) or expression.is_number:
+        return int(expression)
+    return dims.setdefault(str(expression), Dim(f"dim_{len(dims)}")).name
 
 
 def _writes_inputs(flat: fx.GraphModule) -> bool:

@@ -1,5 +1,6 @@
 """Shapes of every node, by running the graph on fake tensors with the contract's symbolic dimensions."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from graphwright.contract import Contract, InputSpec, StateSpec, resolve
 
-HINT_PRIMES = (3, 7, 13, 17, 23, 29, 31, 37)
+HINT_PRIMES = (3, 7, 13, 17, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101)
 """Example sizes of the symbolic dimensions: distinct, so that duck shaping ties equal names and no others."""
 
 
@@ -30,7 +31,7 @@ class ContractMode(FakeTensorMode):
 def _hints(contract: Contract) -> dict[str, int]:
     used: set[int] = set()
     hints = {}
-    for dim, prime in zip(contract.dims, HINT_PRIMES, strict=False):
+    for dim, prime in zip(contract.dims, itertools.chain(HINT_PRIMES, itertools.count(103, 2)), strict=False):
         size = max(dim.min, min(prime, dim.max))
         while size in used and size < dim.max:
             size += 1

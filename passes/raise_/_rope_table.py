@@ -61,9 +61,10 @@ class Tables:
         c, s, angles, *candidates = values
         if c.is_complex():
             c, s = c.real, c.imag
-        c, s, angles = (v.float().reshape(-1, SEQUENCE, v.shape[-1])[0] for v in (c, s, angles))
+        length = angles.shape[-2]
+        c, s, angles = (v.float().reshape(-1, length, v.shape[-1])[0] for v in (c, s, angles))
         for node, candidate in zip(integers, candidates, strict=True):
-            found = self._fit(node, candidate.reshape(-1, SEQUENCE)[0], angles, c, s)
+            found = self._fit(node, candidate[0], angles, c, s) if candidate.shape[-1] == length else None
             if found is not None:
                 return found
         return "the table is not cos and sin of position * frequency"
