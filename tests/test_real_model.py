@@ -33,5 +33,5 @@ def test_int4_end_to_end(tmp_path):
     result = accuracy.measure(loaded.logits, windows, reference=lambda ids: logits_of(loaded.program, ids))
     assert result.mean_kl is not None
     assert result.mean_kl < 1e-4, "the compiled program computes what its graph says"
-    assert result.perplexity < 40
+    assert result.perplexity < 60
     assert torch.isfinite(loaded.logits(windows[:1])).all()
