@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import torch
-from bench.peers import HuggingFace, Peer, TorchCompile, interleaved
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +21,10 @@ import graphwright
 from graphwright import accuracy
 from graphwright.engine.tokenizer import Tokenizer
 from graphwright.sources import demo_model, open_model
+
+# The Makefile keeps a script's own folder off the path; this one is wanted.
+sys.path.append(str(Path(__file__).parent / "bench"))
+from peers import HuggingFace, Peer, TorchCompile, interleaved  # noqa: E402
 
 RECIPES = ("fp32", "int8", "int4")
 PROMPT = "What is a compiler? Answer in two sentences."

@@ -7,15 +7,19 @@ Arguments are artifact directories; the peers are eager Hugging Face and torch.c
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
-from peers import HuggingFace, Peer, TorchCompile, interleaved
 from rich.console import Console
 from rich.table import Table
 
 import graphwright
 from graphwright.sources import demo_model, open_model
+
+# PYTHONSAFEPATH keeps a script's own folder off the path; this one is wanted.
+sys.path.append(str(Path(__file__).parent))
+from peers import HuggingFace, Peer, TorchCompile, interleaved  # noqa: E402
 
 
 def main() -> None:
