@@ -24,7 +24,7 @@ from graphwright.sources import demo_model, open_model
 
 # The Makefile keeps a script's own folder off the path; this one is wanted.
 sys.path.append(str(Path(__file__).parent / "bench"))
-from peers import HuggingFace, Peer, TorchCompile, interleaved  # noqa: E402
+from peers import HuggingFace, Peer, TorchCompile, interleaved
 
 RECIPES = ("fp32", "int8", "int4")
 PROMPT = "What is a compiler? Answer in two sentences."

@@ -19,7 +19,7 @@ from graphwright.sources import demo_model, open_model
 
 # PYTHONSAFEPATH keeps a script's own folder off the path; this one is wanted.
 sys.path.append(str(Path(__file__).parent))
-from peers import HuggingFace, Peer, TorchCompile, interleaved  # noqa: E402
+from peers import HuggingFace, Peer, TorchCompile, interleaved
 
 
 def main() -> None:
