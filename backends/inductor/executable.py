@@ -16,7 +16,7 @@ from graphwright.backends.inductor.lowerings import Form
 from graphwright.backends.inductor.regions import Plan
 from graphwright.backends.inductor.subgraph import Source
 from graphwright.contract import Contract
-from graphwright.errors import ArtifactError
+from graphwright.errors import ArtifactError, BackendError
 
 ALIGNMENT = 64
 """Bytes; compiled code reads weights with aligned vector loads."""
@@ -78,24 +78,54 @@ class InductorExecutable:
 
     def __init__(self, schedule: Schedule, contract: Contract, weights: Mapping[str, Tensor], directory: Path) -> None:
         self._schedule = schedule
-        self._inputs = [(name, schedule.inputs[name]) for name in contract.names if name in schedule.inputs]
+        state = {spec.name for spec in contract.state}
+        self._inputs = [(n, schedule.inputs[n], n in state) for n in contract.names if n in schedule.inputs]
+        self._keys = next((spec.name for spec in contract.inputs if spec.role == "key_position"), "")
+        self._growing = [(s.name, s.shape.index("capacity")) for s in contract.state if "capacity" in s.shape][:1]
         self._slots: list[Any] = [None] * schedule.slots
         for name, slot in schedule.weights.items():
             self._slots[slot] = _aligned(weights[name])
+        self._kept = frozenset(schedule.weights.values())
         self._forms = {form: _load(schedule, form, directory) for form in schedule.forms}
         roles = ("token", "logit_index")
         self._single = [spec.name for spec in contract.inputs if spec.role in roles]
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """Runs the form that fits the shapes of the inputs; state is written in place."""
+        """Runs the form that fits the shapes of the inputs; state is written in place.
+
+        Raises:
+            BackendError: state that is not contiguous, or a cache with fewer slots than keys are asked for.
+        """
+        self._check_capacity(tensors)
         slots = self._slots
-        for name, slot in self._inputs:
-            slots[slot] = tensors[name].contiguous()
+        for name, slot, is_state in self._inputs:
+            value = tensors[name]
+            if not value.is_contiguous():
+                if is_state:
+                    raise BackendError(f"State {name} is not contiguous, so it cannot be written in place")
+                value = value.contiguous()
+            slots[slot] = value
         one = "decode" in self._forms and all(tensors[name].numel() == 1 for name in self._single)
-        for run, inputs, outputs in self._forms["decode" if one else "general"]:
+        for run, inputs, outputs, dead in self._forms["decode" if one else "general"]:
             for slot, value in zip(outputs, run([slots[i] for i in inputs]), strict=True):
                 slots[slot] = value
-        return tuple(slots[slot] for slot in self._schedule.outputs)
+            for slot in dead:
+                slots[slot] = None
+        results = tuple(slots[slot] for slot in self._schedule.outputs)
+        for slot in self._schedule.outputs:
+            if slot not in self._kept:
+                slots[slot] = None
+        return results
+
+    def _check_capacity(self, tensors: Mapping[str, Tensor]) -> None:
+        """The compiled code reads the first `keys` slots without asking whether a cache has them."""
+        for name, axis in self._growing:
+            capacity, keys = tensors[name].shape[axis] - 1, tensors[self._keys].numel()
+            if keys > capacity:
+                raise BackendError(
+                    f"{self._keys} asks for {keys} slots and the caches hold {capacity} besides the scratch slot",
+                    fix="Allocate caches with a larger capacity",
+                )
 
 
 def library_name(form: Form, region: str) -> str:
@@ -103,7 +133,23 @@ def library_name(form: Form, region: str) -> str:
     return f"{form}-{region}.pt2"
 
 
-def _load(schedule: Schedule, form: Form, directory: Path) -> list[tuple[Any, tuple[int, ...], tuple[int, ...]]]:
+def _dead(schedule: Schedule) -> list[tuple[int, ...]]:
+    """Slots that nothing reads after each step, so that activations and caches are not held between calls."""
+    kept = {*schedule.weights.values(), *schedule.outputs}
+    last: dict[int, int] = {}
+    for number, step in enumerate(schedule.steps):
+        for slot in (*step.inputs, *step.outputs):
+            last[slot] = number
+    dead: list[list[int]] = [[] for _ in schedule.steps]
+    for slot, number in last.items():
+        if slot not in kept:
+            dead[number].append(slot)
+    return [tuple(slots) for slots in dead]
+
+
+def _load(
+    schedule: Schedule, form: Form, directory: Path
+) -> list[tuple[Any, tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
     loaders: dict[str, Any] = {}
     for name in dict.fromkeys(step.library for step in schedule.steps):
         path = directory / library_name(form, name)
@@ -111,7 +157,10 @@ def _load(schedule: Schedule, form: Form, directory: Path) -> list[tuple[Any, tu
             loaders[name] = torch._inductor.aoti_load_package(str(path)).loader
         except RuntimeError as error:
             raise ArtifactError(f"Compiled library {path} cannot be loaded: {error}") from error
-    return [(loaders[step.library].run, step.inputs, step.outputs) for step in schedule.steps]
+    return [
+        (loaders[step.library].run, step.inputs, step.outputs, dead)
+        for step, dead in zip(schedule.steps, _dead(schedule), strict=True)
+    ]
 
 
 def _aligned(weight: Tensor) -> Tensor:
