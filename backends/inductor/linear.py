@@ -27,13 +27,13 @@ def quantized_linear(
     scale: Tensor,
     zero_point: Tensor | None,
     bias: Tensor | None,
-    bits: int,
+    format: str,
     group_size: int,
 ) -> Tensor:
     """Quantized linear over few rows; no weight is ever dequantized to memory."""
     groups = scale.shape[1]
     rows = _rows(x, groups * group_size)
-    if bits == 4:
+    if format == "int4":
         product = _nibbles(rows, weight, scale, zero_point, group_size)
     elif groups == 1:
         product = _sum_of_slices(rows, weight, 4)
@@ -51,24 +51,24 @@ def quantized_matmul(
     scale: Tensor,
     zero_point: Tensor | None,
     bias: Tensor | None,
-    bits: int,
+    format: str,
     group_size: int,
 ) -> Tensor:
     """Quantized linear over many rows: dequantize once, then one matrix product."""
-    dense = dequantize(weight, scale, zero_point, bits, group_size)
+    dense = dequantize(weight, scale, zero_point, format, group_size)
     return functional.linear(x, dense[:, : x.shape[-1]].to(x.dtype), bias)
 
 
-def dequantize(packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int) -> Tensor:
+def dequantize(packed: Tensor, scale: Tensor, zero_point: Tensor | None, format: str, group_size: int) -> Tensor:
     """`packing.dequantize` by shifts; a concatenation of nibbles would be a kernel of its own."""
     groups = scale.shape[-1]
-    if bits == 8:
+    if format == "int8":
         codes = packed.view(-1, groups, group_size)
     else:
         shifts = (torch.arange(2, dtype=torch.int32, device=packed.device) * 4)[:, None]
         halves = packed.view(-1, groups, 1, group_size // 2).to(torch.int32)
         codes = ((halves >> shifts) & 15).view(-1, groups, group_size)
-    zero = packing.ZERO_CODE[bits] if zero_point is None else zero_point.float().unsqueeze(-1)
+    zero = packing.FORMATS[format].zero if zero_point is None else zero_point.float().unsqueeze(-1)
     return ((codes.float() - zero) * scale.float().unsqueeze(-1)).view(-1, groups * group_size)
 
 
@@ -110,7 +110,7 @@ def _nibbles(rows: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | N
     low, high = pairs[:, :, 0], pairs[:, :, 1] * (1 / 16)
     first, second = realize(low - high), realize(high)
     offset = pairs[:, :, 0] + pairs[:, :, 1]
-    taken = realize(offset * packing.ZERO_CODE[4] if zero_point is None else offset)[None]
+    taken = realize(offset * packing.FORMATS["int4"].zero if zero_point is None else offset)[None]
     if zero_point is not None:
         taken = taken * zero_point.float()[:, None, :, None]
     packed = weight.view(-1, 1, groups, half)

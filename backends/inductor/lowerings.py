@@ -61,7 +61,7 @@ def quantized_embedding(
     weight: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
-    bits: int,
+    format: str,
     group_size: int,
     embedding_dim: int,
     dtype: torch.dtype,
@@ -69,7 +69,7 @@ def quantized_embedding(
     """Dequantizes the rows asked for, by shifts."""
     chosen = indices.reshape(-1)
     zero = None if zero_point is None else zero_point[chosen]
-    dense = dequantize(weight[chosen], scale[chosen], zero, bits, group_size)
+    dense = dequantize(weight[chosen], scale[chosen], zero, format, group_size)
     return dense[:, :embedding_dim].to(dtype).view(*indices.shape, embedding_dim)
 
 

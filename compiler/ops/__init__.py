@@ -8,6 +8,7 @@ from graphwright.ops.attention import attention
 from graphwright.ops.gated_activation import gated_activation
 from graphwright.ops.grouped_linear import grouped_linear
 from graphwright.ops.kv_cache_update import kv_cache_update
+from graphwright.ops.quantize_dequantize import quantize_dequantize
 from graphwright.ops.quantized_embedding import quantized_embedding
 from graphwright.ops.quantized_linear import quantized_linear
 from graphwright.ops.rms_norm import rms_norm
@@ -18,6 +19,7 @@ __all__ = [
     "gated_activation",
     "grouped_linear",
     "kv_cache_update",
+    "quantize_dequantize",
     "quantized_embedding",
     "quantized_linear",
     "rms_norm",

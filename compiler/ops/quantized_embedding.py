@@ -15,7 +15,7 @@ def quantized_embedding(
     weight: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
-    bits: int,
+    format: str,
     group_size: int,
     embedding_dim: int,
     dtype: torch.dtype,
@@ -27,7 +27,7 @@ def quantized_embedding(
         weight: packed codes of [N, embedding_dim padded to groups].
         scale: [N, G].
         zero_point: [N, G] in codes, or None for a symmetric table.
-        bits: 4 or 8.
+        format: a name in `packing.FORMATS`.
         group_size: codes that share a scale.
         embedding_dim: width of a row.
         dtype: floating-point dtype of the result.
@@ -37,7 +37,7 @@ def quantized_embedding(
     """
     rows = weight[indices].flatten(0, -2)
     zero = None if zero_point is None else zero_point[indices].flatten(0, -2)
-    dense = packing.dequantize(rows, scale[indices].flatten(0, -2), zero, bits, group_size)
+    dense = packing.dequantize(rows, scale[indices].flatten(0, -2), zero, format, group_size)
     return dense[:, :embedding_dim].to(dtype).unflatten(0, indices.shape)
 
 
@@ -47,7 +47,7 @@ def _fake(
     weight: Tensor,
     scale: Tensor,
     zero_point: Tensor | None,
-    bits: int,
+    format: str,
     group_size: int,
     embedding_dim: int,
     dtype: torch.dtype,
@@ -63,13 +63,13 @@ def _cost(indices: TensorInfo, weight: TensorInfo, scale: TensorInfo, *_rest: ob
 
 @quantized_embedding.samples
 def _samples(dtype: torch.dtype) -> Iterator[Sample]:
-    for bits, group_size, asymmetric in ((8, 40, False), (4, 32, True), (8, 32, True)):
+    for format, group_size, asymmetric in (("int8", 40, False), ("int4", 32, True), ("int8", 32, True)):
         groups = -(-40 // group_size)
-        low, high = packing.CODE_RANGE[bits]
+        low, high = packing.FORMATS[format].low, packing.FORMATS[format].high
         codes = torch.randint(low, high + 1, (11, groups * group_size))
-        weight = packing.pack(codes, bits, group_size)
+        weight = packing.pack(codes, format, group_size)
         scale = torch.rand(11, groups)
         zero = torch.randint(low, high + 1, (11, groups)).float() if asymmetric else None
         indices = torch.randint(0, 11, (2, 3))
-        note = f"{bits} bit, group {group_size}, asymmetric {asymmetric}"
-        yield Sample((indices, weight, scale, zero, bits, group_size, 40, dtype), note=note)
+        note = f"{format}, group {group_size}, asymmetric {asymmetric}"
+        yield Sample((indices, weight, scale, zero, format, group_size, 40, dtype), note=note)

@@ -17,7 +17,7 @@ def quantized_linear(
     scale: Tensor,
     zero_point: Tensor | None,
     bias: Tensor | None,
-    bits: int,
+    format: str,
     group_size: int,
 ) -> Tensor:
     """X @ dequantize(weight).T + bias, in the dtype of `x`.
@@ -28,13 +28,13 @@ def quantized_linear(
         scale: [N, G], float16 or float32.
         zero_point: [N, G] in codes, or None for a symmetric weight.
         bias: [N] or None.
-        bits: 4 or 8.
+        format: a name in `packing.FORMATS`.
         group_size: weights that share a scale along K; K itself (or more) for one scale per row.
 
     Returns:
         [..., N].
     """
-    dense = packing.dequantize(weight, scale, zero_point, bits, group_size)
+    dense = packing.dequantize(weight, scale, zero_point, format, group_size)
     return functional.linear(x, dense[:, : x.shape[-1]].to(x.dtype), bias)
 
 
@@ -50,22 +50,22 @@ def _cost(x: TensorInfo, weight: TensorInfo, *_rest: object, **_more: object) ->
 
 @quantized_linear.samples
 def _samples(dtype: torch.dtype) -> Iterator[Sample]:
-    for bits, group_size, asymmetric in (
-        (8, 96, False),
-        (4, 32, False),
-        (4, 32, True),
-        (4, 64, True),
-        (8, 64, True),
+    for format, group_size, asymmetric in (
+        ("int8", 96, False),
+        ("int4", 32, False),
+        ("int4", 32, True),
+        ("int4", 64, True),
+        ("int8", 64, True),
     ):
         for rows in ((1, 1), (2, 5), (3, 1)):
             features, outputs = 96, 40
             groups = -(-features // group_size)
-            low, high = packing.CODE_RANGE[bits]
+            low, high = packing.FORMATS[format].low, packing.FORMATS[format].high
             codes = torch.randint(low, high + 1, (outputs, groups * group_size))
             scale = torch.rand(outputs, groups) * 0.1
             zero = torch.randint(low, high + 1, (outputs, groups)).float() if asymmetric else None
             bias = torch.randn(outputs, dtype=dtype) if rows == (2, 5) else None
-            weight = packing.pack(codes, bits, group_size)
+            weight = packing.pack(codes, format, group_size)
             x = torch.randn(*rows, features, dtype=dtype)
-            note = f"{bits} bit, group {group_size}, asymmetric {asymmetric}, rows {rows}"
-            yield Sample((x, weight, scale, zero, bias, bits, group_size), note=note)
+            note = f"{format}, group {group_size}, asymmetric {asymmetric}, rows {rows}"
+            yield Sample((x, weight, scale, zero, bias, format, group_size), note=note)

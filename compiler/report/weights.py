@@ -1,7 +1,7 @@
 """What the weights of a program hold: codes, scales and zero points of quantized tensors, or plain numbers.
 
 Which is which follows from the argument that reads a tensor, not from its name: an op whose schema has `weight`,
-`scale` and `bits` stores codes of that many bits in `weight`.
+`scale` and `format` stores codes of that format in `weight`.
 """
 
 import torch
@@ -61,10 +61,10 @@ def quantized_part(weight: fx.Node, user: fx.Node) -> str:
     if not isinstance(user.target, torch._ops.OpOverload):
         return ""
     names = [argument.name for argument in user.target._schema.arguments]
-    if not {"weight", "scale", "bits"} <= set(names):
+    if not {"weight", "scale", "format"} <= set(names):
         return ""
     values = {**dict(zip(names, user.args, strict=False)), **user.kwargs}
     role = next((key for key, value in values.items() if value is weight), "")
     if role == "weight":
-        return f"int{values['bits']} codes"
+        return f"{values['format']} codes"
     return PARTS.get(role, "")

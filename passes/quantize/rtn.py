@@ -89,7 +89,7 @@ class _Quantization:
         group = group_size if group_size and group_size < width else width + width % 2
         packed = self._packed(node, weight, bits, group, symmetric)
         bias = node.args[2] if len(node.args) > 2 else None
-        new = self.editor.call(quantized_linear, node.args[0], *packed, bias, bits, group, before=node)
+        new = self.editor.call(quantized_linear, node.args[0], *packed, bias, f"int{bits}", group, before=node)
         self.editor.replace(node, new, str(weight.target))
 
     def embedding(self, node: fx.Node, table: fx.Node, bits: int) -> None:
@@ -100,7 +100,8 @@ class _Quantization:
         width = int(value.shape[1])
         group = width + width % 2
         packed = self._packed(node, table, bits, group, True)
-        new = self.editor.call(quantized_embedding, node.args[1], *packed, bits, group, width, value.dtype, before=node)
+        shape = (f"int{bits}", group, width, value.dtype)
+        new = self.editor.call(quantized_embedding, node.args[1], *packed, *shape, before=node)
         self.editor.replace(node, new, str(table.target))
 
     def _packed(
@@ -110,39 +111,58 @@ class _Quantization:
         key = (name, bits, group, symmetric)
         if key not in self._done:
             tensor = self.editor.program.weight(name)
-            codes, scale, zero = quantize(tensor, bits, group, symmetric, self.scale_dtype)
-            packed = packing.pack(codes, bits, group)
-            self.errors[name] = _relative_error(tensor, packed, scale, zero, bits, group)
-            stored = {f"{name}_int{bits}": packed, f"{name}_scale": scale, f"{name}_zero_point": zero}
+            format = f"int{bits}"
+            packed, scale, zero, self.errors[name] = packed_rows(tensor, format, group, symmetric, self.scale_dtype)
+            stored = {f"{name}_{format}": packed, f"{name}_scale": scale, f"{name}_zero_point": zero}
             made = [self.editor.weight(n, t, before=node) for n, t in stored.items() if t is not None]
             self._done[key] = tuple(str(n.target) for n in made)
         nodes: list[fx.Node | None] = [self.editor.read(n, before=node) for n in self._done[key]]
         return (*nodes, None) if symmetric else tuple(nodes)
 
 
+CHUNK = 1 << 22
+"""Weights quantized at a time: the head of a vocabulary is the largest tensor of a small model."""
+
+
+def packed_rows(
+    weight: Tensor, format: str, group_size: int, symmetric: bool, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None, float]:
+    """Storage, scales, zero points (None if symmetric) and relative error of a weight [N, K], some rows at a time."""
+    parts, error, norm = [], 0.0, 0.0
+    for rows in weight.split(max(1, CHUNK // weight.shape[1])):
+        codes, scale, zero = quantize(rows, format, group_size, symmetric, scale_dtype)
+        packed = packing.pack(codes, format, group_size)
+        dense = packing.dequantize(packed, scale, zero, format, group_size)[:, : rows.shape[1]]
+        error += float(dense.sub_(rows).square_().sum())
+        norm += float(rows.float().square().sum())
+        parts.append((packed, scale, zero))
+    points = [zero for _, _, zero in parts if zero is not None]
+    relative = (error / max(norm, 1e-30)) ** 0.5
+    packed, scale = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    return packed, scale, torch.cat(points) if points else None, relative
+
+
 def quantize(
-    weight: Tensor, bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype = torch.float32
+    weight: Tensor, format: str, group_size: int, symmetric: bool, scale_dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes [N, K padded], scales [N, G] and zero points [N, G] (None if symmetric) of a weight [N, K].
 
     Raises:
         PassError: the weight holds NaN or infinity, or a scale overflows `scale_dtype`.
     """
-    low, high = packing.CODE_RANGE[bits]
+    kind = packing.FORMATS[format]
     wide, missing = weight.float(), -weight.shape[1] % group_size
     wide = (functional.pad(wide, (0, missing)) if missing else wide).unflatten(1, (-1, group_size))
     zero: Tensor | float
     if symmetric:
-        scale = wide.abs().amax(-1) / ((high - low) // 2)
-        scale = _stored(scale, scale_dtype)
-        zero = float(packing.ZERO_CODE[bits])
+        scale = _stored(wide.abs().amax(-1) / ((kind.high - kind.low) // 2), scale_dtype)
+        zero = float(kind.zero)
     else:
         smallest, largest = wide.amin(-1).clamp(max=0), wide.amax(-1).clamp(min=0)
-        scale = _stored((largest - smallest) / (high - low), scale_dtype)
-        zero = (low - smallest / scale.float()).round().clamp(low, high).unsqueeze(-1)
-    # In place: the head of a vocabulary is the largest tensor of a small model.
-    codes = (wide / scale.float().unsqueeze(-1)).add_(zero).round_().clamp_(low, high).flatten(1)
-    points = zero.squeeze(-1).to(packing.STORAGE[bits]) if isinstance(zero, Tensor) else None
+        scale = _stored((largest - smallest) / (kind.high - kind.low), scale_dtype)
+        zero = (kind.low - smallest / scale.float()).round().clamp(kind.low, kind.high).unsqueeze(-1)
+    codes = (wide / scale.float().unsqueeze(-1)).add_(zero).round_().clamp_(kind.low, kind.high).flatten(1)
+    points = zero.squeeze(-1).to(kind.storage) if isinstance(zero, Tensor) else None
     return codes, scale, points
 
 
@@ -153,11 +173,3 @@ def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     if not stored.isfinite().all():
         raise PassError("A weight is not finite, or too large for float16 scales", fix="Use scale_dtype: float32")
     return stored
-
-
-def _relative_error(
-    weight: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int
-) -> float:
-    dense = packing.dequantize(packed, scale, zero, bits, group_size)[:, : weight.shape[1]]
-    wide = weight.float()
-    return float((dense - wide).norm() / wide.norm().clamp_min(1e-30))

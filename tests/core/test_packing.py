@@ -18,29 +18,30 @@ from graphwright.ops import quantized_embedding, quantized_linear
 )
 @settings(deadline=None, max_examples=60)
 def test_round_trip_is_bit_exact(bits, rows, groups, half, seed):
-    low, high = packing.CODE_RANGE[bits]
+    kind = packing.FORMATS[f"int{bits}"]
+    low, high = kind.low, kind.high
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(low, high + 1, (rows, groups * 2 * half), generator=generator)
-    packed = packing.pack(codes, bits, 2 * half)
-    assert packed.dtype == packing.STORAGE[bits]
+    packed = packing.pack(codes, kind.name, 2 * half)
+    assert packed.dtype == kind.storage
     assert packed.numel() * 8 == codes.numel() * bits
-    assert torch.equal(packing.unpack(packed, bits, 2 * half).long(), codes)
+    assert torch.equal(packing.unpack(packed, kind.name, 2 * half).long(), codes)
 
 
 def test_dequantize_by_hand():
     codes = torch.tensor([[0, 15, 8, 1]])
-    packed = packing.pack(codes, 4, 2)
+    packed = packing.pack(codes, "int4", 2)
     scale, zero = torch.tensor([[0.5, 2.0]]), torch.tensor([[1.0, 8.0]])
-    assert packing.dequantize(packed, scale, zero, 4, 2).tolist() == [[-0.5, 7.0, 0.0, -14.0]]
-    assert packing.dequantize(packed, scale, None, 4, 2).tolist() == [[-4.0, 3.5, 0.0, -14.0]]
+    assert packing.dequantize(packed, scale, zero, "int4", 2).tolist() == [[-0.5, 7.0, 0.0, -14.0]]
+    assert packing.dequantize(packed, scale, None, "int4", 2).tolist() == [[-4.0, 3.5, 0.0, -14.0]]
 
 
 def test_linear_and_embedding_read_the_same_weight():
     torch.manual_seed(0)
     codes = torch.randint(0, 16, (11, 64))
-    packed, scale = packing.pack(codes, 4, 32), torch.rand(11, 2)
-    dense = packing.dequantize(packed, scale, None, 4, 32)[:, :40]
+    packed, scale = packing.pack(codes, "int4", 32), torch.rand(11, 2)
+    dense = packing.dequantize(packed, scale, None, "int4", 32)[:, :40]
     x = torch.randn(3, 2, 40)
-    assert relative_error(quantized_linear(x, packed, scale, None, None, 4, 32), x @ dense.T) < 1e-5
+    assert relative_error(quantized_linear(x, packed, scale, None, None, "int4", 32), x @ dense.T) < 1e-5
     rows = torch.tensor([[0, 10], [3, 3]])
-    assert torch.equal(quantized_embedding(rows, packed, scale, None, 4, 32, 40, torch.float32), dense[rows])
+    assert torch.equal(quantized_embedding(rows, packed, scale, None, "int4", 32, 40, torch.float32), dense[rows])

@@ -22,9 +22,9 @@ CPU = Target.parse("cpu")
 
 
 def restored(weight: torch.Tensor, bits: int, group: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    codes, scale, zero = quantize(weight, bits, group, symmetric)
-    packed = packing.pack(codes, bits, group)
-    return packing.dequantize(packed, scale, zero, bits, group)[:, : weight.shape[1]], scale
+    codes, scale, zero = quantize(weight, f"int{bits}", group, symmetric)
+    packed = packing.pack(codes, f"int{bits}", group)
+    return packing.dequantize(packed, scale, zero, f"int{bits}", group)[:, : weight.shape[1]], scale
 
 
 @given(
@@ -78,9 +78,9 @@ def test_the_packed_program_equals_the_dequantized_one(name):
     for node in list(plain.calls(quantized_linear.target, quantized_embedding.target)):
         linear = node.target is quantized_linear.target
         weight, scale, zero = (plain.weight(n) if n is not None else None for n in node.args[1:4])
-        bits, group = (node.args[5], node.args[6]) if linear else (node.args[4], node.args[5])
+        format, group = (node.args[5], node.args[6]) if linear else (node.args[4], node.args[5])
         width = node.args[0].meta["val"].shape[-1] if linear else node.args[6]
-        dense = packing.dequantize(weight, scale, zero, bits, group)[:, :width].contiguous()
+        dense = packing.dequantize(weight, scale, zero, format, group)[:, :width].contiguous()
         assert dense.shape[0] == weight.shape[0]
         assert dense.isfinite().all()
     inputs = program.contract.draw({"batch": 2, "sequence": 5})
@@ -125,7 +125,7 @@ def test_it_composes_with_caches_in_either_order_of_the_recipe():
 
 def test_weights_that_overflow_half_precision_scales_are_refused():
     with pytest.raises(PassError, match="Use scale_dtype: float32"):
-        quantize(torch.full((1, 4), 1e9), 4, 4, True, torch.float16)
+        quantize(torch.full((1, 4), 1e9), "int4", 4, True, torch.float16)
 
 
 def test_text_of_a_quantized_layer():
@@ -141,7 +141,7 @@ def test_text_of_a_quantized_layer():
     result = Rtn(bits=4, group_size=4, head_bits=4).run(program, Context(CPU))
     assert result.program.text() == (
         "%x : float32[batch, 6]\n"
-        "%1 = quantized_linear(%x, up.weight_int4, up.weight_scale, up.weight_zero_point, up.bias, 4, 4)"
+        "%1 = quantized_linear(%x, up.weight_int4, up.weight_scale, up.weight_zero_point, up.bias, int4, 4)"
         " : float32[batch, 4]\n"
         "return [%1]\n"
     )

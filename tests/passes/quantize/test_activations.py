@@ -1,0 +1,68 @@
+"""Rounding of activations: codes, scales, sharing, and what it does to a program."""
+
+import pytest
+import torch
+from families.cache import captured
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphwright.capture import capture
+from graphwright.manager import PassManager, plan_passes
+from graphwright.numerics import relative_error
+from graphwright.ops import quantize_dequantize, quantized_linear
+from graphwright.pass_ import Context
+from graphwright.recipe import Recipe
+from graphwright.target import Target
+
+CPU = Target.parse("cpu")
+
+
+@given(rows=st.integers(1, 5), groups=st.integers(1, 3), width=st.integers(1, 40), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=60)
+def test_error_is_within_half_a_step(rows, groups, width, seed):
+    x = torch.randn(rows, groups * width, generator=torch.Generator().manual_seed(seed))
+    for group_size in (0, width):
+        step = x.unflatten(-1, (-1, group_size or x.shape[-1])).abs().amax(-1, keepdim=True) / 127
+        error = (quantize_dequantize(x, None, "int8", group_size) - x).unflatten(-1, (-1, group_size or x.shape[-1]))
+        assert (error.abs() <= step * 0.5 + 1e-6).all()
+
+
+def test_rounding_twice_changes_nothing_and_zeros_stay_zeros():
+    x = torch.randn(2, 3, 96)
+    once = quantize_dequantize(x, None, "int8", 32)
+    assert torch.allclose(quantize_dequantize(once, None, "int8", 32), once, rtol=1e-6)
+    assert not quantize_dequantize(torch.zeros(1, 4), None, "int8", 0).any()
+
+
+def test_a_static_scale_saturates():
+    x = torch.tensor([[-100.0, 0.3, 0.26, 100.0]])
+    assert quantize_dequantize(x, torch.tensor(0.5), "int8", 0).tolist() == [[-63.5, 0.5, 0.5, 63.5]]
+
+
+def rounded(program, options):
+    recipe = Recipe.load({"passes": [{"rtn": {"bits": 8, "group_size": 0}}, {"activations": options}]})
+    return PassManager(Context(CPU)).run(program, plan_passes(recipe, program))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_layers_that_read_the_same_share_one_rounding(name):
+    _, program = captured(name)
+    after = rounded(program, {"head": False})
+    linears = list(after.calls(quantized_linear.target))
+    sources = [node.args[0] for node in linears if node.args[0].target is quantize_dequantize.target]
+    assert len(sources) == len(linears) - 1, "all but the head"
+    assert len(set(sources)) == len(list(after.calls(quantize_dequantize.target)))
+    assert len(set(sources)) < len(sources) or name == "gpt2"
+
+
+def test_the_error_is_that_of_the_rounding():
+    torch.manual_seed(0)
+    program = capture(torch.nn.Linear(64, 32), example_inputs=(torch.randn(3, 64),))
+    before = rounded(program.clone(), {})
+    (linear,) = before.calls(quantized_linear.target)
+    inputs = before.contract.draw({})
+    x = next(iter(inputs.values()))
+    weight, scale, zero, bias = (n and before.weight(n) for n in linear.args[1:5])
+    expected = quantized_linear(quantize_dequantize(x, None, "int8", 0), weight, scale, zero, bias, "int8", 64)
+    assert torch.equal(before(**inputs)[0], expected)
+    assert 0 < relative_error(expected, program(**inputs)[0]) < 0.02
