@@ -1,0 +1,431 @@
+"""Attention by positions with an online softmax, in the two shapes that inference has.
+
+`decode`: one query per sequence. Keys are cut into parts that threads share, and the parts' softmaxes are merged at
+the end (Flash-Decoding, Dao et al. 2023); query heads that share a key-value head read it once.
+
+`prefill`: many queries. Rows (queries of all heads that share a key-value head) lie across vector lanes, so softmax
+needs no reduction across lanes and keys need no transposition; blocks of keys that no row of a task can see are
+skipped (FlashAttention-2, Dao 2023, arXiv:2307.08691).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+
+from graphwright.kernels.tir.emit import (
+    Flat,
+    Kernel,
+    Layout,
+    T,
+    ceil_div,
+    kernel,
+    let,
+    local,
+    loop,
+    minimum,
+    parallel,
+    reduce_add,
+    reduce_max,
+    splat,
+    widest,
+)  # fmt: skip
+from graphwright.kernels.tir.functions import constant, exp, integer, kind, tanh
+
+KEYS = 16
+"""Keys of one step of the online softmax in decode."""
+
+KEY_BLOCK = 32
+"""Keys of one step in prefill."""
+
+LOWEST = -1e30
+"""A score below all scores; exp(LOWEST - x) is 0 for every score x."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention to make a kernel for; the options are those of `graphwright.ops.attention`."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    causal: bool
+    window: int = 0
+    chunk: int = 0
+    prefix: int = 0
+    softcap: float = 0.0
+    alibi: bool = False
+    sinks: bool = False
+
+    @property
+    def group(self) -> int:
+        """Query heads per key-value head."""
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Where an attention's tensors lie; positions that are None count from 0."""
+
+    query: Layout
+    key: Layout
+    value: Layout
+    query_positions: Layout | None
+    key_positions: Layout | None
+
+
+class _Buffers:
+    """The kernel's arguments, in the order in which it takes them."""
+
+    def __init__(self, k: Kernel, a: Attention, o: Operands, parts: int) -> None:
+        self.a, self.o = a, o
+        self.query = k.read("query", o.query.base, "float32")
+        self.key = k.read("key", o.key.base, "float32")
+        self.value = k.read("value", o.value.base, "float32")
+        self.query_at = k.read("query_positions", o.query_positions.base, "int64") if o.query_positions else None
+        self.key_at = k.read("key_positions", o.key_positions.base, "int64") if o.key_positions else None
+        self.slopes = k.read("alibi_slopes", (a.heads,), "float32") if a.alibi else None
+        self.sinks = k.read("sinks", (a.heads,), "float32") if a.sinks else None
+        batch, _, length, _ = o.query.shape
+        self.out = k.write("out", (batch, length, a.heads, a.value_dim), "float32")
+        # Per part and head: unnormalised values, then the largest score and the sum of weights.
+        part_shape = (batch, a.kv_heads, parts, a.group, a.value_dim + 2)
+        self.parts = k.write("parts", part_shape, "float32") if parts else None
+        k.begin()
+
+    def query_position(self, batch: Any, place: Any) -> Any:
+        """Position of a query, int32."""
+        if self.query_at is None or self.o.query_positions is None:
+            return tirx.Cast("int32", place)
+        return tirx.Cast("int32", self.query_at[self.o.query_positions.at(batch, place)])
+
+    def key_positions(self, batch: Any, first: Any, count: int) -> Flat:
+        """Positions of `count` keys from `first` on, int32; -1 beyond the last key."""
+        keys = self.o.key.shape[2]
+        positions = local(count, "int32")
+        with loop(count) as i:
+            place = let(first + i)
+            known: Any = tirx.Cast("int32", place)
+            if self.key_at is not None and self.o.key_positions is not None:
+                safe = minimum(place, keys - 1)
+                known = tirx.Cast("int32", self.key_at[self.o.key_positions.at(batch, safe)])
+            positions.put(i, T.Select(place < keys, known, tirx.const(-1, "int32")), 1)
+        return positions
+
+
+def decode(a: Attention, o: Operands, parts: int) -> tirx.PrimFunc:
+    """The kernel for one query per sequence; writes out [B, 1, H, Dv] and scratch [B, Hkv, parts, group, Dv + 2]."""
+    batch, keys = o.query.shape[0], o.key.shape[2]
+    with kernel("attention_decode") as k:
+        b = _Buffers(k, a, o, parts)
+        blocks = let(ceil_div(keys, KEYS))
+        share = let(ceil_div(blocks, parts))
+        with parallel(batch * (a.kv_heads * parts)) as task:
+            row = let(task // (a.kv_heads * parts))
+            head, part = let(task // parts % a.kv_heads), let(task % parts)
+            first = let(minimum(part * share, blocks))
+            _decode_part(b, row, head, first, let(minimum(first + share, blocks)), task)
+        with parallel(batch) as row, loop(a.heads) as head:
+            _merge(b, row, head, parts)
+    return k.function
+
+
+def _decode_part(b: _Buffers, row: Any, head: Any, first: Any, last: Any, task: Any) -> None:
+    a, o = b.a, b.o
+    lanes, width = widest(a.head_dim), widest(a.value_dim)
+    query = local(a.group * a.head_dim, "float32")
+    values = local(a.group * a.value_dim, "float32")
+    best, total, weights = local(a.group, "float32"), local(a.group, "float32"), local(KEYS, "float32")
+    with loop(a.group) as g:
+        start = let(o.query.at(row, head * a.group + g, 0))
+        with loop(a.head_dim // lanes) as i:
+            scaled = b.query.vec(start + i * lanes, lanes) * constant(a.scale, lanes)
+            query.put(g * a.head_dim + i * lanes, scaled, lanes)
+        best.put(g, tirx.const(LOWEST, "float32"), 1)
+        total.put(g, tirx.const(0.0, "float32"), 1)
+        with loop(a.value_dim // width) as i:
+            values.put(g * a.value_dim + i * width, constant(0.0, width), width)
+    query_position = let(b.query_position(row, 0))
+    with loop(last - first) as block:
+        start = let((first + block) * KEYS)
+        positions = b.key_positions(row, start, KEYS)
+        places = [let(minimum(start + i, o.key.shape[2] - 1)) for i in range(KEYS)]
+        key_rows = [let(o.key.at(row, head, place)) for place in places]
+        value_rows = [let(o.value.at(row, head, place)) for place in places]
+        with loop(a.group) as g:
+            for i, key_row in enumerate(key_rows):
+                dot: Any = None
+                for at in range(0, a.head_dim, lanes):
+                    term = query.vec(g * a.head_dim + at, lanes) * b.key.vec(key_row + at, lanes)
+                    dot = term if dot is None else dot + term
+                weights.put(i, reduce_add(dot, lanes), 1)
+            slope = splat(b.slopes[head * a.group + g], KEYS) if b.slopes is not None else None
+            key_vec = let(positions.vec(0, KEYS))
+            distance = key_vec - splat(query_position, KEYS)
+            seen = _visible(a, splat(query_position, KEYS), key_vec, KEYS)
+            score = let(
+                tirx.Select(seen, _score(a, weights.vec(0, KEYS), distance, slope, KEYS), constant(LOWEST, KEYS))
+            )
+            top = let(T.max(best[g], reduce_max(score, KEYS)))
+            fade = exp(best[g] - top, 1)
+            weight = let(tirx.Select(seen, exp(score - splat(top, KEYS), KEYS), constant(0.0, KEYS)))
+            weights.put(0, weight, KEYS)
+            best.put(g, top, 1)
+            total.put(g, total[g] * fade + reduce_add(weight, KEYS), 1)
+            with loop(a.value_dim // width) as at:
+                place = let(g * a.value_dim + at * width)
+                sum_: Any = values.vec(place, width) * splat(fade, width)
+                for i, value_row in enumerate(value_rows):
+                    sum_ = sum_ + splat(weights[i], width) * b.value.vec(value_row + at * width, width)
+                values.put(place, sum_, width)
+    with loop(a.group) as g:
+        target = let((task * a.group + g) * (a.value_dim + 2))
+        with loop(a.value_dim // width) as at:
+            b.parts.put(target + at * width, values.vec(g * a.value_dim + at * width, width), width)
+        b.parts.put(target + a.value_dim, best[g], 1)
+        b.parts.put(target + a.value_dim + 1, total[g], 1)
+
+
+def _merge(b: _Buffers, row: Any, head: Any, parts: int) -> None:
+    """The output of one head from the parts that its keys were cut into."""
+    a, width = b.a, widest(b.a.value_dim)
+    stride = a.value_dim + 2
+
+    def start(part: Any) -> Any:
+        return (((row * a.kv_heads + head // a.group) * parts + part) * a.group + head % a.group) * stride
+
+    starts = [let(start(part)) for part in range(parts)]
+    top: Any = b.sinks[head] if b.sinks is not None else tirx.const(LOWEST, "float32")
+    for at in starts:
+        top = T.max(top, b.parts[at + a.value_dim])
+    top = let(top)
+    total: Any = exp(b.sinks[head] - top, 1) if b.sinks is not None else tirx.const(0.0, "float32")
+    fades = [exp(b.parts[at + a.value_dim] - top, 1) for at in starts]
+    for at, fade in zip(starts, fades, strict=True):
+        total = total + fade * b.parts[at + a.value_dim + 1]
+    total = let(total)
+    factor = let(
+        T.Select(total > tirx.const(0.0, "float32"), tirx.const(1.0, "float32") / total, tirx.const(0.0, "float32"))
+    )
+    with loop(a.value_dim // width) as i:
+        value: Any = constant(0.0, width)
+        for at, fade in zip(starts, fades, strict=True):
+            value = value + splat(fade, width) * b.parts.vec(at + i * width, width)
+        b.out.put((row * a.heads + head) * a.value_dim + i * width, value * splat(factor, width), width)
+
+
+def prefill(a: Attention, o: Operands) -> tirx.PrimFunc:
+    """The kernel for any number of queries; writes out [B, S, H, Dv]."""
+    batch, _, length, _ = o.query.shape
+    with kernel("attention_prefill") as k:
+        b = _Buffers(k, a, o, 0)
+        rows = let(length * a.group)
+        with T.If(rows <= tirx.const(16, "int64")):
+            with T.Then():
+                _prefill_tasks(b, batch, rows, 1)
+            with T.Else():
+                _prefill_tasks(b, batch, rows, 4)
+    return k.function
+
+
+def _prefill_tasks(b: _Buffers, batch: Any, rows: Any, vectors: int) -> None:
+    blocks = let(ceil_div(rows, 16 * vectors))
+    kv_heads = b.a.kv_heads
+    with T.parallel(0, batch * kv_heads * blocks) as task:
+        sequence, head = let(task // (blocks * kv_heads)), let(task // blocks % kv_heads)
+        _RowBlock(b, sequence, head, let(task % blocks * (16 * vectors)), rows, vectors).emit()
+
+
+class _RowBlock:
+    """Rows that one task computes: consecutive (query, head) pairs of one key-value head, across vector lanes."""
+
+    def __init__(self, b: _Buffers, sequence: Any, head: Any, first: Any, rows: Any, vectors: int) -> None:
+        self.b, self.a, self.o = b, b.a, b.o
+        self.sequence, self.head, self.first, self.rows = sequence, head, first, rows
+        self.vectors, self.width = vectors, 16 * vectors
+        self.query = local(self.a.head_dim * self.width, "float32")
+        self.values = local(self.a.value_dim * self.width, "float32")
+        self.weights = local(KEY_BLOCK * self.width, "float32")
+        self.best, self.total = local(self.width, "float32"), local(self.width, "float32")
+        self.fade = local(self.width, "float32")
+        self.positions = local(self.width, "int32")
+        self.slopes = local(self.width, "float32") if b.slopes is not None else None
+        self.range = local(2, "int32")
+
+    def emit(self) -> None:
+        """The task."""
+        self._gather()
+        keys = self.o.key.shape[2]
+        with loop(ceil_div(keys, KEY_BLOCK)) as block:
+            start = let(block * KEY_BLOCK)
+            positions = self.b.key_positions(self.sequence, start, KEY_BLOCK)
+            with T.If(self._worth_it(positions)), T.Then():
+                self._scores(start)
+                self._softmax(positions)
+                self._accumulate(start)
+        self._scatter()
+
+    def _row(self, i: Any) -> tuple[Any, Any]:
+        """(query, head) of lane i; lanes beyond the last row repeat it."""
+        row = let(minimum(self.first + i, self.rows - 1))
+        return let(row // self.a.group), let(self.head * self.a.group + row % self.a.group)
+
+    def _gather(self) -> None:
+        a, first, last = self.a, tirx.const(2**31 - 1, "int32"), tirx.const(-(2**31), "int32")
+        self.range.put(0, first, 1)
+        self.range.put(1, last, 1)
+        with loop(self.width) as i:
+            place, head = self._row(i)
+            start = let(self.o.query.at(self.sequence, head, place))
+            with loop(a.head_dim) as d:
+                self.query.put(d * self.width + i, self.b.query[start + d] * tirx.const(a.scale, "float32"), 1)
+            position = let(self.b.query_position(self.sequence, place))
+            self.positions.put(i, position, 1)
+            self.range.put(0, T.min(self.range[0], position), 1)
+            self.range.put(1, T.max(self.range[1], position), 1)
+            if self.slopes is not None:
+                self.slopes.put(i, self.b.slopes[head], 1)
+        for at in range(0, self.width, 16):
+            self.best.put(at, constant(LOWEST, 16))
+            self.total.put(at, constant(0.0, 16))
+        with loop(a.value_dim * self.vectors) as i:
+            self.values.put(i * 16, constant(0.0, 16))
+
+    def _worth_it(self, positions: Flat) -> Any:
+        """Whether any row can see any key of the block, by the ranges of their positions."""
+        a = self.a
+        keys = positions.vec(0, KEY_BLOCK)
+        valid = keys >= integer(0, KEY_BLOCK)
+        name = f"v{KEY_BLOCK}i32"
+        low = tirx.Select(valid, keys, integer(2**31 - 1, KEY_BLOCK))
+        smallest = let(tirx.call_llvm_pure_intrin("int32", f"llvm.vector.reduce.smin.{name}", low))
+        largest = let(tirx.call_llvm_pure_intrin("int32", f"llvm.vector.reduce.smax.{name}", keys))
+        some = largest >= tirx.const(0, "int32")
+        if a.causal:
+            reach = smallest <= self.range[1]
+            some = tirx.And(some, tirx.Or(reach, smallest < tirx.const(a.prefix, "int32")) if a.prefix else reach)
+        if a.window:
+            near = tirx.And(
+                largest > self.range[0] - tirx.const(a.window, "int32"),
+                smallest < self.range[1] + tirx.const(a.window, "int32"),
+            )
+            some = tirx.And(some, near)
+        return some
+
+    def _scores(self, start: Any) -> None:
+        """weights[key, row] = key · query; four keys and all rows at a time."""
+        a, step = self.a, 4
+        with loop(KEY_BLOCK // step) as quad:
+            sums = local(step * self.width, "float32")
+            for i in range(step * self.vectors):
+                sums.put(i * 16, constant(0.0, 16))
+            last = self.o.key.shape[2] - 1
+            starts = [
+                let(self.o.key.at(self.sequence, self.head, minimum(start + quad * step + i, last)))
+                for i in range(step)
+            ]
+            with loop(a.head_dim) as d:
+                rows = [let(self.query.vec(d * self.width + 16 * v)) for v in range(self.vectors)]
+                self._outer(sums, [self.b.key[at + d] for at in starts], rows)
+            for i in range(step * self.vectors):
+                self.weights.put(quad * (step * self.width) + i * 16, sums.vec(i * 16))
+
+    def _outer(self, sums: Flat, left: list[Any], right: list[Any]) -> None:
+        """sums[i, v] += left[i] * right[v]."""
+        for i, scalar in enumerate(left):
+            spread = let(splat(scalar))
+            for v, vector in enumerate(right):
+                place = i * self.width + 16 * v
+                sums.put(place, sums.vec(place) + spread * vector)
+
+    def _softmax(self, positions: Flat) -> None:
+        """Scores become weights; the sums so far fade to the new largest score."""
+        for v in range(self.vectors):
+            at = 16 * v
+            rows = let(self.positions.vec(at))
+            slope = self.slopes.vec(at) if self.slopes is not None else None
+            top = local(16, "float32")
+            top.put(0, self.best.vec(at))
+            with loop(KEY_BLOCK) as key:
+                place = let(key * self.width + at)
+                position = let(splat(positions[key]))
+                score = _score(self.a, self.weights.vec(place), position - rows, slope, 16)
+                score = let(tirx.Select(_visible(self.a, rows, position, 16), score, constant(LOWEST, 16)))
+                self.weights.put(place, score)
+                top.put(0, T.max(top.vec(0), score))
+            best = let(top.vec(0))
+            fade = exp(self.best.vec(at) - best, 16)
+            self.fade.put(at, fade)
+            self.best.put(at, best)
+            sums = local(16, "float32")
+            sums.put(0, self.total.vec(at) * fade)
+            with loop(KEY_BLOCK) as key:
+                place = let(key * self.width + at)
+                score = let(self.weights.vec(place))
+                hidden = score <= constant(LOWEST / 2, 16)
+                weight = let(tirx.Select(hidden, constant(0.0, 16), exp(score - best, 16)))
+                self.weights.put(place, weight)
+                sums.put(0, sums.vec(0) + weight)
+            self.total.put(at, sums.vec(0))
+
+    def _accumulate(self, start: Any) -> None:
+        """values[channel, row] += value · weights; four channels and all rows at a time."""
+        step = 4 if self.a.value_dim % 4 == 0 else 1
+        last = self.o.value.shape[2] - 1
+        with loop(self.a.value_dim // step) as quad:
+            sums = local(step * self.width, "float32")
+            for i in range(step):
+                for v in range(self.vectors):
+                    place = (quad * step + i) * self.width + 16 * v
+                    sums.put(i * self.width + 16 * v, self.values.vec(place) * self.fade.vec(16 * v))
+            with loop(KEY_BLOCK) as key:
+                at = let(self.o.value.at(self.sequence, self.head, minimum(start + key, last)) + quad * step)
+                rows = [let(self.weights.vec(key * self.width + 16 * v)) for v in range(self.vectors)]
+                self._outer(sums, [self.b.value[at + i] for i in range(step)], rows)
+            for i in range(step * self.vectors):
+                self.values.put(quad * (step * self.width) + i * 16, sums.vec(i * 16))
+
+    def _scatter(self) -> None:
+        a, one, none = self.a, tirx.const(1.0, "float32"), tirx.const(0.0, "float32")
+        with loop(minimum(self.rows - self.first, tirx.const(self.width, "int64"))) as i:
+            place, head = self._row(i)
+            total: Any = self.total[i]
+            scale: Any = one
+            if self.b.sinks is not None:
+                top = let(T.max(self.best[i], self.b.sinks[head]))
+                scale = exp(self.best[i] - top, 1)
+                total = total * scale + exp(self.b.sinks[head] - top, 1)
+            total = let(total)
+            factor = let(T.Select(total > none, scale / total, none))
+            target = let(((self.sequence * self.o.query.shape[2] + place) * a.heads + head) * a.value_dim)
+            with loop(a.value_dim) as d:
+                self.b.out.put(target + d, self.values[d * self.width + i] * factor, 1)
+
+
+def _score(a: Attention, product: Any, distance: Any, slope: Any, lanes: int) -> Any:
+    """A scaled product with softcap and alibi; `distance` is key minus query position."""
+    score = product
+    if a.softcap:
+        score = tanh(score * constant(1.0 / a.softcap, lanes), lanes) * constant(a.softcap, lanes)
+    if slope is not None:
+        score = score + slope * tirx.Cast(kind("float32", lanes), distance)
+    return score
+
+
+def _visible(a: Attention, query: Any, key: Any, lanes: int) -> Any:
+    """Which keys rows may see, by the rule of `graphwright.ops.attention`."""
+    conditions: list[Any] = [key >= integer(0, lanes), query >= integer(0, lanes)]
+    if a.causal:
+        before = key <= query
+        conditions.append(tirx.Or(before, key < integer(a.prefix, lanes)) if a.prefix else before)
+    if a.window:
+        conditions += [query - key < integer(a.window, lanes), key - query < integer(a.window, lanes)]
+    if a.chunk:
+        size = integer(a.chunk, lanes)
+        conditions.append(T.truncdiv(query, size) == T.truncdiv(key, size))
+    seen = conditions[0]
+    for condition in conditions[1:]:
+        seen = tirx.And(seen, condition)
+    return seen

@@ -1,0 +1,75 @@
+"""The layout of quantized weights that CPU kernels stream, and its inverse.
+
+A weight [N, K] of codes with groups of `group_size` is cut into tiles of 16 rows. Within a tile, groups follow each
+other along K; within a group, four consecutive codes of each of the 16 rows make one 64-byte vector, so that a dot
+product instruction adds four products per row:
+
+- int8: uint8 [N/16, K/4, 16, 4], the code plus 128, so that the weight is the unsigned operand;
+- int4: uint8 [N/16, K/8, 16, 4], codes k … k+3 of a row in the low nibbles and k+4 … k+7 in the high ones.
+
+Scales become [N/16, G, 16] and zero points uint8 [N/16, G, 16], offset like the codes. Rows are padded to whole tiles
+with zero scales.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from graphwright import packing
+
+ROWS = 16
+"""Rows of a tile."""
+
+OFFSET = {"int4": 0, "int8": 128}
+"""What is added to a code so that it is unsigned."""
+
+STEP = {"int4": 8, "int8": 4}
+"""Codes along K in one vector of a tile; a group is a multiple of it."""
+
+
+def unsigned_zero(format: str) -> int:
+    """The unsigned code of zero in a symmetric weight."""
+    return packing.FORMATS[format].zero + OFFSET[format]
+
+
+def tile_codes(packed: Tensor, format: str, group_size: int) -> Tensor:
+    """Storage [N, …] of `graphwright.packing` as flat uint8 tiles [N/16, bytes of a tile]."""
+    codes = packing.unpack(packed, format, group_size).to(torch.int16) + OFFSET[format]
+    rows = _padded(codes.to(torch.uint8))
+    quads = rows.unflatten(0, (-1, ROWS)).unflatten(2, (-1, STEP[format] // 4, 4))
+    bytes_ = quads[:, :, :, 0] if format == "int8" else quads[:, :, :, 0] | (quads[:, :, :, 1] << 4)
+    return bytes_.transpose(1, 2).flatten(1).contiguous()
+
+
+def untile_codes(tiles: Tensor, format: str, group_size: int, rows: int) -> Tensor:
+    """Inverse of `tile_codes`, for `rows` rows."""
+    quads = tiles.unflatten(1, (-1, ROWS, 4)).transpose(1, 2)
+    parts = [quads] if format == "int8" else [quads & 15, quads >> 4]
+    codes = torch.stack(parts, 3).flatten(2).flatten(0, 1)[:rows]
+    return packing.pack(codes.to(torch.int16) - OFFSET[format], format, group_size)
+
+
+def tile_groups(values: Tensor) -> Tensor:
+    """Scales or zero points [N, G] as [N/16, G, 16]."""
+    return _padded(values).unflatten(0, (-1, ROWS)).transpose(1, 2).contiguous()
+
+
+def untile_groups(tiles: Tensor, rows: int) -> Tensor:
+    """Inverse of `tile_groups`."""
+    return tiles.transpose(1, 2).flatten(0, 1)[:rows].contiguous()
+
+
+def tile_zero_points(zero_point: Tensor, format: str) -> Tensor:
+    """Zero points [N, G] in codes as unsigned tiles."""
+    return tile_groups((zero_point.to(torch.int16) + OFFSET[format]).to(torch.uint8))
+
+
+def untile_zero_points(tiles: Tensor, format: str, rows: int) -> Tensor:
+    """Inverse of `tile_zero_points`."""
+    codes = untile_groups(tiles, rows).to(torch.int16) - OFFSET[format]
+    return codes.to(packing.FORMATS[format].storage)
+
+
+def _padded(values: Tensor) -> Tensor:
+    missing = -values.shape[0] % ROWS
+    return functional.pad(values, (0, 0, 0, missing)) if missing else values

@@ -1,0 +1,92 @@
+"""Attention kernels against the op's reference, over its samples and a grid of head shapes."""
+
+import itertools
+
+import pytest
+import torch
+from kernels.tir.running import dense, nowhere, run, size
+
+from graphwright.kernels.tir import attention as kernels
+from graphwright.numerics import relative_error
+from graphwright.ops import attention
+
+OPTIONS = ("window", "chunk", "prefix", "softcap")
+TOLERANCE = 2e-5
+"""Elementwise; the polynomials of exp and tanh are good to 3e-7 of their largest value."""
+
+SAMPLES = [s for s in attention.samples_of(torch.float32) if s.args[5] is None]
+
+
+def kernel_output(sample, decode: bool, parts: int = 3) -> torch.Tensor:
+    """[B, H, S, Dv] of the kernel for a sample of the op."""
+    query, key, value, query_at, key_at, _, slopes, sinks, scale, causal, *rest = sample
+    batch, heads, length, head_dim = query.shape
+    kv_heads, value_dim = key.shape[1], value.shape[3]
+    options = dict(zip(OPTIONS, rest, strict=False))
+    described = kernels.Attention(
+        heads,
+        kv_heads,
+        head_dim,
+        value_dim,
+        scale,
+        causal,
+        alibi=slopes is not None,
+        sinks=sinks is not None,
+        **options,
+    )
+    b, t = size("batch"), size("keys")
+    s = 1 if decode else size("sequence")
+
+    def positions(given, length):
+        return None if given is None else dense(1 if given.shape[0] == 1 else b, length)
+
+    operands = kernels.Operands(
+        dense(b, heads, s, head_dim),
+        dense(b, kv_heads, t, head_dim),
+        dense(b, kv_heads, t, value_dim),
+        positions(query_at, s),
+        positions(key_at, t),
+    )
+    given = [query, key, value, *(x for x in (query_at, key_at, slopes, sinks) if x is not None)]
+    out = nowhere(batch, length, heads, value_dim)
+    if decode:
+        parts_out = nowhere(batch, kv_heads, parts, heads // kv_heads, value_dim + 2)
+        run(kernels.decode(described, operands, parts), *given, out, parts_out)
+    else:
+        run(kernels.prefill(described, operands), *given, out)
+    return out.transpose(1, 2)
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.note)
+def test_samples(sample):
+    expected = attention(*sample.args)
+    assert relative_error(kernel_output(sample.args, decode=False), expected) < TOLERANCE
+    if sample.args[0].shape[2] == 1:
+        assert relative_error(kernel_output(sample.args, decode=True), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 20])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (9, 3), (8, 1)])
+def test_head_shapes(head_dim, heads, kv_heads):
+    torch.manual_seed(0)
+    for queries, keys in ((1, 1), (1, 67), (2, 33), (35, 70)):
+        query = torch.randn(2, heads, queries, head_dim)
+        key, value = torch.randn(2, kv_heads, keys, head_dim), torch.randn(2, kv_heads, keys, head_dim + 4)
+        query_at = torch.arange(keys - queries, keys)[None].repeat(2, 1)
+        query_at[1] -= 1
+        sample = (query, key, value, query_at, torch.arange(keys)[None], None, None, None, head_dim**-0.5, True)
+        expected = attention(*sample)
+        assert relative_error(kernel_output(sample, decode=False), expected) < TOLERANCE
+        if queries == 1:
+            assert relative_error(kernel_output(sample, decode=True), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(("window", "softcap", "with_sinks"), itertools.product([0, 5], [0.0, 30.0], [False, True]))
+def test_decode_options(window, softcap, with_sinks):
+    query, key, value = torch.randn(2, 4, 1, 32), torch.randn(2, 2, 50, 32), torch.randn(2, 2, 50, 32)
+    query_at = torch.tensor([[40], [7]])
+    key_at = torch.arange(50)[None].repeat(2, 1)
+    key_at[1, :3] = -1
+    sinks, slopes = (torch.randn(4), torch.rand(4)) if with_sinks else (None, None)
+    sample = (query, key, value, query_at, key_at, None, slopes, sinks, 0.2, True, window, 0, 0, softcap)
+    assert relative_error(kernel_output(sample, decode=True), attention(*sample)) < TOLERANCE

@@ -1,0 +1,99 @@
+"""Low-bit linear kernels of every instruction set that this machine has, against the eager reference."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels.tir.running import HOST, nowhere, run, size
+from torch.nn import functional
+
+from graphwright import packing
+from graphwright.kernels.tir import tiles
+from graphwright.kernels.tir.isa import ISAS, Isa, choose
+from graphwright.kernels.tir.quantized_linear import QuantizedLinear, matrix, vector
+from graphwright.numerics import relative_error
+from graphwright.ops import quantize_dequantize, quantized_linear
+from graphwright.passes.quantize.rtn import quantize
+
+HERE = [isa for isa in ISAS if isa.needs <= set(HOST.features)]
+
+LAYERS = [
+    # N, K, format, group, asymmetric, bias, residual, activation
+    (48, 64, "int4", 32, True, False, False, ""),
+    (40, 96, "int4", 32, False, True, True, ""),
+    (16, 100, "int4", 64, True, False, False, ""),
+    (33, 80, "int8", 80, False, True, False, ""),
+    (64, 72, "int8", 24, True, False, True, ""),
+    (96, 64, "int4", 64, True, True, False, "silu"),
+    (32, 160, "int8", 160, False, False, False, "gelu_tanh"),
+]
+
+
+def check(rows: int, case: tuple, isa: Isa) -> float:
+    """Relative error of a kernel against the op on the same codes."""
+    outputs, width, format, group, asymmetric, with_bias, with_residual, activation = case
+    codes, scale, zero = quantize(torch.randn(outputs, width), format, group, not asymmetric, torch.float16)
+    packed = packing.pack(codes, format, group)
+    x, bias = torch.randn(1, rows, width), torch.randn(outputs) if with_bias else None
+    expected = quantized_linear(quantize_dequantize(x, None, "int8", 0), packed, scale, zero, bias, format, group)
+    groups = scale.shape[1]
+    layer = QuantizedLinear(outputs, groups, group, format, asymmetric, "float16", with_bias, with_residual, activation)
+    step = x.abs().amax(-1, keepdim=True) / 127
+    rounded = functional.pad((x / step).round().to(torch.int8), (0, groups * group - width))
+    arguments = [rounded, rounded.unflatten(-1, (groups, group)).sum(-1, dtype=torch.int32), step]
+    arguments += [tiles.tile_codes(packed, format, group), tiles.tile_groups(scale)]
+    if zero is not None:
+        arguments.append(tiles.tile_zero_points(zero, format))
+    if bias is not None:
+        arguments.append(bias)
+    if activation:
+        gate, up = expected.chunk(2, -1)
+        chosen = functional.silu if activation == "silu" else lambda g: functional.gelu(g, approximate="tanh")
+        expected = chosen(gate) * up
+    if with_residual:
+        arguments.append(torch.randn_like(expected))
+        expected = expected + arguments[-1]
+    out = nowhere(1, rows, layer.width)
+    lead = (size("batch"), size("sequence"))
+    run(vector(layer, isa, (1, 1)) if rows == 1 else matrix(layer, isa, lead), *arguments, out)
+    return relative_error(out, expected)
+
+
+@pytest.mark.parametrize("isa", HERE, ids=lambda isa: isa.name)
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_kernels_equal_the_reference(isa, case):
+    torch.manual_seed(0)
+    # Sums of at most 160 products are exact in int32; what is left is float32 addition of the groups.
+    for rows in (1, 3, 17):
+        assert check(rows, case, isa) < 2e-6
+
+
+def test_more_rows_than_a_task_takes():
+    assert check(261, LAYERS[0], choose(HOST.features)) < 2e-6
+
+
+@given(
+    format=st.sampled_from(["int4", "int8"]),
+    rows=st.integers(1, 40),
+    groups=st.integers(1, 3),
+    steps=st.integers(1, 5),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=50)
+def test_tiles_are_a_bit_exact_round_trip(format, rows, groups, steps, seed):
+    generator = torch.Generator().manual_seed(seed)
+    kind, group = packing.FORMATS[format], 8 * steps
+    codes = torch.randint(kind.low, kind.high + 1, (rows, groups * group), generator=generator)
+    packed = packing.pack(codes, format, group)
+    assert torch.equal(tiles.untile_codes(tiles.tile_codes(packed, format, group), format, group, rows), packed)
+    zero = torch.randint(kind.low, kind.high + 1, (rows, groups), generator=generator).to(kind.storage)
+    assert torch.equal(tiles.untile_zero_points(tiles.tile_zero_points(zero, format), format, rows), zero)
+    scale = torch.rand(rows, groups, generator=generator)
+    assert torch.equal(tiles.untile_groups(tiles.tile_groups(scale), rows), scale)
+
+
+def test_the_best_instruction_set_is_chosen():
+    assert choose(["avx2", "fma", "avx512bw", "avx512_vnni"]).name == "avx512_vnni"
+    assert choose(["avx2", "fma"]).name == "avx2"
+    assert choose(["asimd"]).name == "generic"
+    assert choose(["asimd", "asimddp"]).name == "asimddp"
