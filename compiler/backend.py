@@ -47,6 +47,13 @@ class Backend(Protocol):
         """Whether `node` becomes the backend's own code on `target`."""
         ...
 
+    def prepare(self, program: Program, target: Target) -> Program:
+        """The program with weights in the layout of the backend's kernels, which is what an artifact stores.
+
+        May change `program` itself. It still runs anywhere: ops over other layouts have references of their own.
+        """
+        ...
+
     def compile(self, program: Program, target: Target, directory: Path, progress: Progress) -> Executable:
         """Compiles `program`, writing what `load` needs into the existing `directory`.
 

@@ -149,6 +149,7 @@ def compile(
     with _timed(seconds, "lower"):
         kernels = folder / KERNELS
         kernels.mkdir()
+        rewritten = lowering.prepare(rewritten, machine)
         executable = lowering.compile(rewritten, machine, kernels, options.progress)
     report = collect(
         before,
@@ -173,8 +174,10 @@ def load(directory: Path | str, *, target: str | Target = "cpu") -> "Compiled":
     machine = target if isinstance(target, Target) else Target.parse(target)
     manifest = artifact.verify(folder, machine)
     weights = load_weights(folder / "weights.safetensors")
+    # The backend comes first: the program may be made of ops that it defines.
+    lowering = registry.backend(manifest.backend)
     program = Program.load(folder, weights)
-    executable = registry.backend(manifest.backend).load(program.contract, weights, machine, folder / KERNELS)
+    executable = lowering.load(program.contract, program.weights(), machine, folder / KERNELS)
     report = Report.load(folder / "report.json")
     recipe = Recipe.load(manifest.recipe)
     return Compiled(program, executable, machine, manifest.backend, recipe, folder, report)

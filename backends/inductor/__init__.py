@@ -45,6 +45,10 @@ class InductorBackend:
         """Whether Inductor generates code for the node; what a library or ATen computes is a fallback."""
         return support(node)
 
+    def prepare(self, program: Program, target: Target) -> Program:
+        """The program as it is: regions read weights in the core's layout."""
+        return program
+
     def compile(self, program: Program, target: Target, directory: Path, progress: Progress) -> Executable:
         """Compiles every region in every form that the program is called in.
 

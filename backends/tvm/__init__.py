@@ -1,0 +1,59 @@
+"""The TVM backend: programs become one library of hand-written integer kernels for the CPU.
+
+Stages of `compile`, in order:
+
+1. quantized weights are cut into the tiles that kernels stream; the program keeps them so        (layout.py)
+2. chains of nodes that one kernel computes are found                                             (fusion.py)
+3. the graph is translated into a Relax function per form, with kernels from kernels/tir          (translate.py)
+4. LLVM compiles the module for the target's features, and it is linked into a shared library     (build.py)
+
+It serves programs whose linear layers multiply codes with codes (recipes `int4-dynamic`, `int8-dynamic`).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, fx
+
+from graphwright.backend import Executable, Progress, Support
+from graphwright.backends.tvm.build import build, forms
+from graphwright.backends.tvm.executable import TvmExecutable
+from graphwright.backends.tvm.layout import tile_weights
+from graphwright.backends.tvm.support import support
+from graphwright.contract import Contract
+from graphwright.program import Program
+from graphwright.target import Target
+
+LIBRARY = "program.so"
+
+
+class TvmBackend:
+    """Compiles for CPUs."""
+
+    name = "tvm"
+    kinds = ("cpu",)
+
+    def supports(self, node: fx.Node, target: Target) -> Support:
+        """Whether a node becomes a kernel of this backend, or what stands in the way."""
+        return support(node)
+
+    def prepare(self, program: Program, target: Target) -> Program:
+        """The program with its weights in tiles."""
+        return tile_weights(program)
+
+    def compile(self, program: Program, target: Target, directory: Path, progress: Progress) -> Executable:
+        """Compiles both forms of a prepared program into one library.
+
+        Raises:
+            BackendError: a node that this backend cannot translate, or no C compiler to link with.
+        """
+        build(program, target, directory / LIBRARY, progress)
+        return TvmExecutable(directory / LIBRARY, forms(program), program.contract, program.weights())
+
+    def load(self, contract: Contract, weights: Mapping[str, Tensor], target: Target, directory: Path) -> Executable:
+        """The executable from the compiled library."""
+        names = ("decode", "general") if contract.state else ("general",)
+        return TvmExecutable(directory / LIBRARY, names, contract, weights)
+
+
+BACKEND = TvmBackend()

@@ -1,0 +1,80 @@
+"""A program as one TVM module: translated, lowered by Relax, compiled by LLVM, written as a shared library."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import tvm
+from tvm import relax
+
+from graphwright.backend import Progress
+from graphwright.backends.tvm.fusion import plan_fusion
+from graphwright.backends.tvm.machine import tvm_target
+from graphwright.backends.tvm.schedule import ScheduleLeftovers
+from graphwright.backends.tvm.translate import Translator
+from graphwright.errors import BackendError
+from graphwright.kernels.tir.isa import choose
+from graphwright.program import Program
+from graphwright.target import Target
+from graphwright.text import symbol_names
+
+SINGLE = {"batch": 1, "sequence": 1, "logits": 1}
+"""What is fixed in the decode form."""
+
+
+def forms(program: Program) -> tuple[str, ...]:
+    """Functions of the library: one for a single token of a single sequence, one for everything."""
+    return ("decode", "general") if program.contract.state else ("general",)
+
+
+def build(program: Program, target: Target, file: Path, progress: Progress) -> None:
+    """Compiles a program, whose weights are in tiles, into `file`.
+
+    Raises:
+        BackendError: a node that cannot be translated, or no C compiler to link with.
+    """
+    progress("translate", 0.0)
+    module = translate(program, target, forms(program))
+    machine = tvm_target(target)
+    progress("compile with LLVM", 0.4)
+    with machine, tvm.transform.PassContext(opt_level=3):
+        compiled = relax.build(module, target=machine, relax_pipeline=tvm.transform.Sequential(pipeline()))
+    progress("link", 0.9)
+    try:
+        compiled.export_library(str(file))
+    except RuntimeError as error:
+        raise BackendError(f"The compiled kernels cannot be linked: {error}", fix="Install gcc or clang") from error
+
+
+def translate(program: Program, target: Target, names: Sequence[str]) -> tvm.IRModule:
+    """The module with one Relax function per form."""
+    builder = relax.BlockBuilder()
+    fusion, isa = plan_fusion(program), choose(target.features)
+    symbols = symbol_names(program.graph, program.contract)
+    for name in names:
+        Translator(program, fusion, isa, builder, fixed_symbols(symbols, name)).write(name)
+    return builder.get()
+
+
+def fixed_symbols(symbols: Mapping[str, str], form: str) -> dict[str, int]:
+    """Sizes of the shape symbols that are constants in a form."""
+    if form != "decode":
+        return {}
+    return {symbol: SINGLE[name] for symbol, name in symbols.items() if name in SINGLE}
+
+
+def pipeline() -> list[tvm.transform.Pass]:
+    """From Relax to what its virtual machine runs."""
+    return [
+        relax.transform.LegalizeOps(),
+        ScheduleLeftovers(),
+        relax.transform.ToNonDataflow(),
+        relax.transform.RemovePurityChecking(),
+        relax.transform.CallTIRRewrite(),
+        relax.transform.StaticPlanBlockMemory(),
+        relax.transform.LowerAllocTensor(),
+        relax.transform.KillAfterLastUse(),
+        relax.transform.LowerRuntimeBuiltin(),
+        relax.transform.ComputePrimValue(),
+        relax.transform.VMShapeLower(),
+        relax.transform.AttachGlobalSymbol(),
+    ]

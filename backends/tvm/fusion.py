@@ -1,0 +1,113 @@
+"""Which nodes of a program become one kernel: chains whose inner values nobody else reads.
+
+    norm → rounding                        one kernel that puts out codes
+    rope → cache update                    keys are rotated on their way into the cache
+    linear → add of a tensor of its shape  the residual is added as the linear layer stores
+    linear → halves → gated activation     gate and up are multiplied as the linear layer stores
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphwright import ops
+from graphwright.backends.tvm.layout import tiled_linear
+from graphwright.kernels.tir.functions import ACTIVATIONS
+from graphwright.kernels.tir.tiles import ROWS
+from graphwright.program import Program
+
+aten = torch.ops.aten
+
+NORMS = (ops.rms_norm.target, aten.layer_norm.default)
+
+
+@dataclass
+class Fusion:
+    """What is computed where.
+
+    Attributes:
+        inside: nodes that a later kernel computes.
+        linear: the linear layer that a node finishes, by that node.
+        norm: the norm that a rounding takes its values from.
+        rope: the rotation of what a cache update writes.
+    """
+
+    inside: set[fx.Node] = field(default_factory=set)
+    linear: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    norm: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    rope: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+
+def integer_product(node: Any) -> bool:
+    """Whether a node multiplies codes with codes: a tiled weight, and activations rounded to 8 bits per token."""
+    if not isinstance(node, fx.Node) or node.target is not tiled_linear.target:
+        return False
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or source.target is not ops.quantize_dequantize.target:
+        return False
+    return source.args[1:] == (None, "int8", 0)
+
+
+def plan_fusion(program: Program) -> Fusion:
+    """Finds all chains."""
+    found = Fusion()
+    for node in program.calls(ops.quantize_dequantize.target):
+        if all(integer_product(user) for user in node.users):
+            # Codes are made where the first linear layer asks for them, in the groups of its weight.
+            found.inside.add(node)
+            norm = node.args[0]
+            if isinstance(norm, fx.Node) and norm.target in NORMS and len(norm.users) == 1:
+                found.norm[node] = norm
+                found.inside.add(norm)
+    for node in program.calls(ops.kv_cache_update.target):
+        new = node.args[1]
+        if isinstance(new, fx.Node) and new.target is ops.rope.target and len(new.users) == 1:
+            found.rope[node] = new
+            found.inside.add(new)
+    for node in program.calls(tiled_linear.target):
+        if integer_product(node):
+            _fuse_epilogue(node, found)
+    return found
+
+
+def _fuse_epilogue(node: fx.Node, found: Fusion) -> None:
+    users = list(node.users)
+    if len(users) == 1 and _is_residual(node, users[0]):
+        found.linear[users[0]] = node
+        found.inside.add(node)
+        return
+    gated = _gated_user(node, users)
+    if gated is not None:
+        found.linear[gated] = node
+        found.inside.update({node, *users})
+
+
+def _is_residual(node: fx.Node, user: fx.Node) -> bool:
+    if user.target is not aten.add.Tensor or user.kwargs or user.args[0] is user.args[1]:
+        return False
+    values = [a.meta.get("val") if isinstance(a, fx.Node) else None for a in user.args]
+    if not all(isinstance(v, torch.Tensor) and v.dtype == torch.float32 for v in values):
+        return False
+    return bool(values[0].shape == values[1].shape)  # type: ignore[union-attr]
+
+
+def _gated_user(node: fx.Node, users: list[fx.Node]) -> fx.Node | None:
+    """The gated activation over the two halves of a linear layer."""
+    width = node.meta["val"].shape[-1]
+    half = width // 2
+    if half % ROWS or len(users) != 2:
+        return None
+    if any(user.target is not aten.slice.Tensor for user in users):
+        return None
+    users.sort(key=lambda user: user.args[2])  # type: ignore[arg-type, return-value]
+    for user, start in zip(users, (0, half), strict=True):
+        if user.args[1] not in (-1, node.meta["val"].dim() - 1) or user.args[2] != start:
+            return None
+        if len(user.users) != 1 or user.meta["val"].shape[-1] != half:
+            return None
+    gated = next(iter(users[0].users))
+    if gated.target is not ops.gated_activation.target or list(gated.args[:2]) != users:
+        return None
+    return gated if gated.args[2] in ACTIVATIONS else None

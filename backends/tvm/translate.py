@@ -1,0 +1,463 @@
+"""From a program to one Relax function: kernels for semantic ops, views for what moves no data, converters for the rest.
+
+The function takes the contract's inputs and state in order, and one tuple with all weights. State is updated in place
+by the kernels that write it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from tvm import relax, tirx
+
+from graphwright import ops
+from graphwright.backends.tvm.fusion import NORMS, Fusion
+from graphwright.backends.tvm.layout import tiled_embedding, tiled_linear
+from graphwright.backends.tvm.leftovers import Leftovers
+from graphwright.backends.tvm.values import (
+    Codes, Sizes, View, expand, insert, narrow, reshape, shape_of, size_of, transpose,
+)  # fmt: skip
+from graphwright.errors import BackendError
+from graphwright.kernels.tir import attention as attention_kernels
+from graphwright.kernels.tir import quantized_linear as linear_kernels
+from graphwright.kernels.tir import rope as rope_kernels
+from graphwright.kernels.tir.copy import copy
+from graphwright.kernels.tir.emit import Layout
+from graphwright.kernels.tir.isa import Isa
+from graphwright.kernels.tir.normalize import Norm, normalize
+from graphwright.kernels.tir.quantize import quantize
+from graphwright.kernels.tir.quantized_embedding import quantized_embedding
+from graphwright.kernels.tir.quantized_linear import QuantizedLinear
+from graphwright.program import Program
+from graphwright.rewrite import describe
+
+aten = torch.ops.aten
+
+KEY_PARTS = 8
+"""Tasks that the keys and heads of one decode step are cut into, at least."""
+
+
+class Translator:
+    """Writes one function into a module.
+
+    Args:
+        program: with weights in tiles.
+        fusion: what becomes one kernel.
+        isa: the instruction set of the integer products.
+        builder: of the module.
+        fixed: sizes of symbols that are constants in this function.
+    """
+
+    def __init__(
+        self, program: Program, fusion: Fusion, isa: Isa, builder: relax.BlockBuilder, fixed: Mapping[str, int]
+    ) -> None:
+        self.program, self.fusion, self.isa, self.builder, self.fixed = program, fusion, isa, builder, fixed
+        self.sizes = Sizes()
+        self.values: dict[fx.Node, Any] = {}
+        self.codes: dict[tuple[fx.Node, int], Codes] = {}
+        self.tables: dict[tuple[Any, ...], tuple[relax.Expr, relax.Expr]] = {}
+        self.weights: dict[str, relax.Expr] = {}
+        self.leftovers = Leftovers(builder, self._for_converter)
+
+    def write(self, name: str) -> None:
+        """Emits the function.
+
+        Raises:
+            BackendError: a node that cannot be translated.
+        """
+        inputs = [node for node in self.program.graph.nodes if node.op == "placeholder"]
+        parameters = [self._parameter(node) for node in inputs]
+        stored = self.program.weights()
+        fields = [relax.TensorType(tuple(t.shape), dtype_of(t)) for t in stored.values()]
+        tuple_ = relax.Var("weights", relax.TupleType(fields))
+        # The number of inputs tells Relax that what follows them are weights.
+        attributes = {"num_input": len(parameters)}
+        with self.builder.function(name, [*parameters, tuple_], attrs=attributes):
+            self._places = {weight: relax.TupleGetItem(tuple_, i) for i, weight in enumerate(stored)}
+            for node in self.program.graph.nodes:
+                if node.op == "call_function" and node not in self.fusion.inside:
+                    self._call(node)
+            outputs = self.program.graph.output_node().args[0]
+            results = [self.dense(node) for node in outputs]  # type: ignore[union-attr]
+            self.builder.emit_func_output(relax.Tuple(results))
+
+    def _parameter(self, node: fx.Node) -> relax.Var:
+        value = node.meta["val"]
+        layout = Layout.contiguous(shape_of(value, self.fixed))
+        variable = relax.Var(str(node.target), self._type(layout.shape, dtype_of(value)))
+        self.values[node] = View(variable, layout, dtype_of(value))
+        return variable
+
+    def _type(self, shape: Sequence[Any], dtype: str) -> relax.TensorType:
+        return relax.TensorType([self.sizes(size) for size in shape], dtype)
+
+    def _call(self, node: fx.Node) -> None:
+        value = node.meta.get("val")
+        if isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return
+        if node in self.fusion.linear:
+            self.values[node] = self._linear(self.fusion.linear[node], node)
+            return
+        if node.target in VIEWS:
+            made = VIEWS[node.target](self, node)
+            if made is not None:
+                self.values[node] = made
+                return
+        if node.target in KERNELS:
+            self.values[node] = KERNELS[node.target](self, node)
+            return
+        converted = self.leftovers.convert(node)
+        if isinstance(value, torch.Tensor):
+            converted = View(converted, Layout.contiguous(shape_of(value, self.fixed)), dtype_of(value))
+        self.values[node] = converted
+
+    # Values
+
+    def view(self, node: Any, dtype: str = "") -> View:
+        """The tensor of a node, of the dtype that a kernel asks for.
+
+        Raises:
+            BackendError: it has another dtype.
+        """
+        found = self.values.get(node)
+        if node.op == "get_attr":
+            tensor = self.program.weight(node)
+            found = View(self.weight(node), Layout.contiguous(tuple(tensor.shape)), dtype_of(tensor))
+        if not isinstance(found, View):
+            raise BackendError("A value that is no tensor is used as one", where=describe(node))
+        if dtype and found.dtype != dtype:
+            raise BackendError(
+                f"The TVM kernels take {dtype} here and found {found.dtype}",
+                where=describe(node),
+                fix="Use backend='inductor'",
+            )
+        return found
+
+    def weight(self, node: fx.Node) -> relax.Expr:
+        """The variable that holds a weight."""
+        name = str(node.target)
+        if name not in self.weights:
+            self.weights[name] = self.builder.emit(self._places[name])
+        return self.weights[name]
+
+    def dense(self, node: fx.Node) -> relax.Expr:
+        """A variable that holds exactly the tensor of a node; views are copied."""
+        found = self.view(node)
+        if found.dense:
+            return found.variable
+        made = self.kernel(
+            lambda s: copy(s.layout(found.layout), found.dtype), [found.variable], [(found.layout.shape, found.dtype)]
+        )[0]
+        self.values[node] = View(made, Layout.contiguous(found.layout.shape), found.dtype)
+        return made
+
+    def _for_converter(self, node: fx.Node) -> Any:
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            return self.sizes(size_of(value, self.fixed))
+        if isinstance(value, torch.Tensor):
+            return self.dense(node)
+        return self.values[node]
+
+    def rows(self, node: Any, dtype: str = "float32") -> View:
+        """A tensor whose last dimension is contiguous, as kernels over rows take it."""
+        found = self.view(node, dtype)
+        if found.layout.strides[-1] != 1 and found.layout.shape[-1] != 1:
+            self.dense(node)
+            found = self.view(node, dtype)
+        return found
+
+    def kernel(
+        self,
+        build: Callable[[Sizes], tirx.PrimFunc],
+        inputs: Sequence[relax.Expr],
+        outputs: Sequence[tuple[Sequence[Any], str]],
+    ) -> list[relax.Expr]:
+        """Calls a kernel that writes new tensors; equal kernels are one function."""
+        function = build(Sizes())
+        variable = self.builder.add_func(function, str(function.attrs["global_symbol"]))
+        types = [self._type(shape, dtype) for shape, dtype in outputs]
+        made = self.builder.emit(relax.call_tir(variable, list(inputs), out_ty=types if len(types) > 1 else types[0]))
+        return [self.builder.emit(relax.TupleGetItem(made, i)) for i in range(len(types))] if len(types) > 1 else [made]
+
+    def view_of(self, variable: relax.Expr, shape: Sequence[Any], dtype: str = "float32") -> View:
+        """A whole variable as a view."""
+        return View(variable, Layout.contiguous(tuple(shape)), dtype)
+
+    # Integer products
+
+    def _codes(self, rounding: Any, group_size: int) -> Codes:
+        """The codes that a rounding stands for, with sums per group of `group_size`."""
+        key = (rounding, group_size)
+        if key not in self.codes:
+            norm = self.fusion.norm.get(rounding)
+            source = self.rows((norm or rounding).args[0])
+            lead, width = source.layout.shape[:-1], source.layout.shape[-1]
+            groups = -(-width // group_size)
+            outputs = [((*lead, groups * group_size), "int8"), ((*lead, groups), "int32"), ((*lead, 1), "float32")]
+            if norm is None:
+                made = self.kernel(lambda s: quantize(s.layout(source.layout), group_size), [source.variable], outputs)
+            else:
+                described, gains = self._norm(norm)
+                made = self.kernel(
+                    lambda s: normalize(described, s.layout(source.layout), group_size),
+                    [source.variable, *gains],
+                    outputs,
+                )
+            self.codes[key] = Codes(*made)
+        return self.codes[key]
+
+    def _norm(self, node: fx.Node) -> tuple[Norm, list[relax.Expr]]:
+        if node.target is ops.rms_norm.target:
+            _, weight, eps, *rest = node.args
+            gains = [weight] if isinstance(weight, fx.Node) else []
+            norm = Norm("rms", float(eps), bool(gains), unit_offset=bool(rest and rest[0]))  # type: ignore[arg-type]
+        else:
+            _, shape, weight, bias, eps = (*node.args[:5], *(None, None, 1e-5)[len(node.args[:5]) - 2 :])
+            if len(shape) != 1:  # type: ignore[arg-type]
+                raise BackendError("The TVM backend normalises the last dimension only", where=describe(node))
+            gains = [part for part in (weight, bias) if isinstance(part, fx.Node)]
+            norm = Norm("layer", float(eps), weight is not None, bias is not None)  # type: ignore[arg-type]
+        return norm, [self.view(gain, "float32").variable for gain in gains]
+
+    def _linear(self, node: fx.Node, finish: fx.Node | None = None) -> View:
+        """A linear layer over codes, up to the node that its epilogue computes."""
+        source, weight, scale, zero, bias, format, group_size, outputs = node.args
+        codes = self._codes(source, int(group_size))  # type: ignore[call-overload]
+        groups = scale.meta["val"].shape[1]  # type: ignore[union-attr]
+        gated = finish is not None and finish.target is ops.gated_activation.target
+        residual = None
+        if finish is not None and not gated:
+            residual = next(a for a in finish.args if a is not node)
+        layer = QuantizedLinear(
+            outputs=int(outputs),  # type: ignore[call-overload]
+            groups=groups,
+            group_size=int(group_size),  # type: ignore[call-overload]
+            format=str(format),
+            asymmetric=zero is not None,
+            scale_dtype=dtype_of(scale.meta["val"]),  # type: ignore[union-attr]
+            bias=bias is not None,
+            residual=residual is not None,
+            activation=str(finish.args[2]) if gated and finish is not None else "",
+        )
+        shape = (*shape_of(node.meta["val"], self.fixed)[:-1], layer.width)
+        inputs = [codes.codes, codes.sums, codes.step, self.weight(weight), self.weight(scale)]  # type: ignore[arg-type]
+        inputs += [self.view(part).variable for part in (zero, bias) if part is not None]
+        if residual is not None:
+            inputs.append(self.dense(residual))
+        build = linear_kernels.vector if all(size == 1 for size in shape[:-1]) else linear_kernels.matrix
+        made = self.kernel(
+            lambda s: build(layer, self.isa, [s(size) for size in shape[:-1]]), inputs, [(shape, "float32")]
+        )
+        return self.view_of(made[0], shape)
+
+
+def dtype_of(tensor: torch.Tensor) -> str:
+    """TVM's name of a dtype."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+# Views
+
+
+def _transpose(t: Translator, node: fx.Node) -> View:
+    source = t.view(node.args[0])
+    order = list(range(len(source.layout.shape)))
+    first, second = (int(d) % len(order) for d in node.args[1:])  # type: ignore[call-overload]
+    order[first], order[second] = order[second], order[first]
+    return View(source.variable, transpose(source.layout, order), source.dtype)
+
+
+def _permute(t: Translator, node: fx.Node) -> View:
+    source = t.view(node.args[0])
+    order = [int(d) % len(source.layout.shape) for d in node.args[1]]  # type: ignore[union-attr]
+    return View(source.variable, transpose(source.layout, order), source.dtype)
+
+
+def _slice(t: Translator, node: fx.Node) -> View | None:
+    source, dim, start, _, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+    view = t.view(source)
+    at = int(dim) % len(view.layout.shape)  # type: ignore[call-overload]
+    if step != 1 or not isinstance(start, (int, type(None))) or (start or 0) < 0:
+        return None
+    length = shape_of(node.meta["val"], t.fixed)[at]
+    return View(view.variable, narrow(view.layout, at, start or 0, length), view.dtype)
+
+
+def _reshape(t: Translator, node: fx.Node) -> View | None:
+    source = t.view(node.args[0])
+    layout = reshape(source.layout, shape_of(node.meta["val"], t.fixed))
+    return None if layout is None else View(source.variable, layout, source.dtype)
+
+
+def _unsqueeze(t: Translator, node: fx.Node) -> View:
+    source = t.view(node.args[0])
+    dim = int(node.args[1]) % (len(source.layout.shape) + 1)  # type: ignore[call-overload]
+    return View(source.variable, insert(source.layout, dim), source.dtype)
+
+
+def _expand(t: Translator, node: fx.Node) -> View | None:
+    source = t.view(node.args[0])
+    layout = expand(source.layout, shape_of(node.meta["val"], t.fixed))
+    return None if layout is None else View(source.variable, layout, source.dtype)
+
+
+def _same(t: Translator, node: fx.Node) -> View | None:
+    source = t.view(node.args[0])
+    return source if source.dtype == dtype_of(node.meta["val"]) else None
+
+
+VIEWS: Mapping[Any, Callable[[Translator, fx.Node], View | None]] = {
+    aten.transpose.int: _transpose,
+    aten.permute.default: _permute,
+    aten.slice.Tensor: _slice,
+    aten.reshape.default: _reshape,
+    aten.view.default: _reshape,
+    aten.unsqueeze.default: _unsqueeze,
+    aten.expand.default: _expand,
+    aten.contiguous.default: _same,
+    aten.clone.default: _same,
+    aten.to.dtype: _same,
+}
+"""Ops that may only change the layout; None where one must move data after all."""
+
+
+# Kernels
+
+
+def _linear(t: Translator, node: fx.Node) -> View:
+    return t._linear(node)
+
+
+def _normalize(t: Translator, node: fx.Node) -> View:
+    source = t.rows(node.args[0])
+    norm, gains = t._norm(node)
+    shape = source.layout.shape
+    made = t.kernel(
+        lambda s: normalize(norm, s.layout(source.layout)), [source.variable, *gains], [(shape, "float32")]
+    )
+    return t.view_of(made[0], shape)
+
+
+def _embedding(t: Translator, node: fx.Node) -> View:
+    indices, weight, scale, zero, format, group_size, width, _ = node.args
+    index = t.view(indices, "int64")
+    tiles, groups = scale.meta["val"].shape[:2]  # type: ignore[union-attr]
+    table = QuantizedLinear(
+        tiles * 16, groups, int(group_size), str(format), zero is not None, dtype_of(scale.meta["val"])  # type: ignore[call-overload, union-attr]
+    )
+    inputs = [index.variable, *(t.weight(part) for part in (weight, scale, zero) if isinstance(part, fx.Node))]
+    shape = shape_of(node.meta["val"], t.fixed)
+    made = t.kernel(
+        lambda s: quantized_embedding(table, s.layout(index.layout), int(width)),  # type: ignore[call-overload]
+        inputs,
+        [(shape, "float32")],
+    )
+    return t.view_of(made[0], shape)
+
+
+def _table(t: Translator, rope: fx.Node) -> tuple[rope_kernels.Rotation, Layout, list[relax.Expr]]:
+    """What turns a tensor: the rotation, where positions lie in the table, and the table, which layers share."""
+    _, positions, inv_freq, scaling, interleaved = (*rope.args, *(1.0, False)[len(rope.args) - 3 :])
+    half = inv_freq.meta["val"].shape[0]  # type: ignore[union-attr]
+    at = t.view(positions, "int64")
+    key = (positions, str(inv_freq.target), scaling)  # type: ignore[union-attr]
+    if key not in t.tables:
+        shape = ((*at.layout.shape, half), "float32")
+        cos, sin = t.kernel(
+            lambda s: rope_kernels.table(s.layout(at.layout), half, float(scaling)),  # type: ignore[arg-type]
+            [at.variable, t.view(inv_freq, "float32").variable],
+            [shape, shape],
+        )
+        t.tables[key] = (cos, sin)
+    return rope_kernels.Rotation(half, bool(interleaved)), Layout.contiguous(at.layout.shape), list(t.tables[key])
+
+
+def _rope(t: Translator, node: fx.Node) -> View:
+    source = t.rows(node.args[0])
+    rotation, positions, table = _table(t, node)
+    batch, heads, length, head_dim = source.layout.shape
+    shape = (batch, length, heads, head_dim)
+    made = t.kernel(
+        lambda s: rope_kernels.rotate(rotation, s.layout(source.layout), s.layout(positions)),
+        [source.variable, *table],
+        [(shape, "float32")],
+    )
+    return View(made[0], transpose(Layout.contiguous(shape), (0, 2, 1, 3)), "float32")
+
+
+def _update(t: Translator, node: fx.Node) -> None:
+    cache_node, new, slots_node = node.args
+    rope = t.fusion.rope.get(node)
+    rotation, positions, table = _table(t, rope) if rope else (rope_kernels.Rotation(), None, [])
+    source, cache = t.rows(rope.args[0] if rope else new), t.view(cache_node, "float32")
+    slots = t.view(slots_node, "int64")
+
+    def build(s: Sizes) -> tirx.PrimFunc:
+        return rope_kernels.update_cache(
+            rotation,
+            s.layout(source.layout),
+            s.layout(cache.layout),
+            s.layout(slots.layout),
+            s.layout(positions) if positions else None,
+            cache.dtype,
+        )
+
+    inputs = [source.variable, slots.variable, *table, cache.variable]
+    variable = t.builder.add_func(build(Sizes()), "kv_cache_update")
+    kind = t._type(cache.layout.shape, cache.dtype)
+    written = t.builder.emit(relax.call_tir_inplace(variable, inputs, len(inputs) - 1, kind))
+    # Whoever reads the cache from here on reads what was written.
+    t.values[cache_node] = View(written, cache.layout, cache.dtype)  # type: ignore[index]
+
+
+ATTENTION_OPTIONS = ("scale", "causal", "window", "chunk", "prefix", "softcap")
+
+
+def _attention(t: Translator, node: fx.Node) -> View:
+    names = [argument.name for argument in ops.attention.target._schema.arguments]
+    values = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    if values.get("bias") is not None:
+        raise BackendError("The TVM attention kernels take no bias", where=describe(node), fix="Use backend='inductor'")
+    query, key, value = (t.rows(values[name]) for name in ("query", "key", "value"))
+    places = [t.view(values[n], "int64") if values.get(n) else None for n in ("query_positions", "key_positions")]
+    batch, heads, length, head_dim = query.layout.shape
+    kv_heads, value_dim = key.layout.shape[1], value.layout.shape[3]
+    slopes, sinks = values.get("alibi_slopes"), values.get("sinks")
+    described = attention_kernels.Attention(
+        heads,
+        kv_heads,
+        head_dim,
+        value_dim,
+        alibi=slopes is not None,
+        sinks=sinks is not None,
+        **{name: values[name] for name in ATTENTION_OPTIONS if name in values},
+    )
+
+    def operands(s: Sizes) -> attention_kernels.Operands:
+        layouts = (place and s.layout(place.layout) for place in places)
+        return attention_kernels.Operands(*(s.layout(v.layout) for v in (query, key, value)), *layouts)
+
+    inputs = [v.variable for v in (query, key, value, *places) if v is not None]
+    inputs += [t.view(part, "float32").variable for part in (slopes, sinks) if part is not None]
+    shape = (batch, length, heads, value_dim)
+    outputs: list[tuple[Sequence[Any], str]] = [(shape, "float32")]
+    if length == 1 and batch == 1:
+        parts = max(1, -(-KEY_PARTS // kv_heads))
+        outputs.append(((batch, kv_heads, parts, described.group, value_dim + 2), "float32"))
+        made = t.kernel(lambda s: attention_kernels.decode(described, operands(s), parts), inputs, outputs)
+    else:
+        made = t.kernel(lambda s: attention_kernels.prefill(described, operands(s)), inputs, outputs)
+    return View(made[0], transpose(Layout.contiguous(shape), (0, 2, 1, 3)), "float32")
+
+
+KERNELS: Mapping[Any, Callable[[Translator, fx.Node], Any]] = {
+    tiled_linear.target: _linear,
+    tiled_embedding.target: _embedding,
+    ops.attention.target: _attention,
+    ops.kv_cache_update.target: _update,
+    ops.rope.target: _rope,
+    **dict.fromkeys(NORMS, _normalize),
+}
+"""Ops with kernels of their own."""
