@@ -33,9 +33,11 @@ def build(program: Program, target: Target, file: Path, progress: Progress) -> N
         BackendError: a node that cannot be translated, or no C compiler to link with.
     """
     progress("translate", 0.0)
-    module = translate(program, target, forms(program))
+    module, kernels = translate(program, target, forms(program))
     machine = tvm_target(target)
     progress("compile with LLVM", 0.4)
+    # Kernels have a module of their own: beside functions made of blocks, LLVM keeps their sums in memory.
+    module = module.with_attr("external_mods", [tvm.tirx.build(kernels, target=machine)])
     with machine, tvm.transform.PassContext(opt_level=3):
         compiled = relax.build(module, target=machine, relax_pipeline=tvm.transform.Sequential(pipeline()))
     progress("link", 0.9)
@@ -45,14 +47,16 @@ def build(program: Program, target: Target, file: Path, progress: Progress) -> N
         raise BackendError(f"The compiled kernels cannot be linked: {error}", fix="Install gcc or clang") from error
 
 
-def translate(program: Program, target: Target, names: Sequence[str]) -> tvm.IRModule:
-    """The module with one Relax function per form."""
-    builder = relax.BlockBuilder()
+def translate(program: Program, target: Target, names: Sequence[str]) -> tuple[tvm.IRModule, tvm.IRModule]:
+    """A module with one Relax function per form, and one with the kernels that they call."""
+    builder, kernels = relax.BlockBuilder(), relax.BlockBuilder()
     fusion, isa = plan_fusion(program), choose(target.features)
     symbols = symbol_names(program.graph, program.contract)
     for name in names:
-        Translator(program, fusion, isa, builder, fixed_symbols(symbols, name)).write(name)
-    return builder.get()
+        Translator(program, fusion, isa, builder, kernels, fixed_symbols(symbols, name)).write(name)
+    made = kernels.get()
+    functions = {v: f.with_attr("global_symbol", v.name_hint) for v, f in made.functions.items()}
+    return builder.get(), tvm.IRModule(functions)
 
 
 def fixed_symbols(symbols: Mapping[str, str], form: str) -> dict[str, int]:

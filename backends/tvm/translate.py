@@ -45,14 +45,22 @@ class Translator:
         program: with weights in tiles.
         fusion: what becomes one kernel.
         isa: the instruction set of the integer products.
-        builder: of the module.
+        builder: of the module with Relax functions.
+        kernels: of the module with kernels, which Relax calls by name.
         fixed: sizes of symbols that are constants in this function.
     """
 
     def __init__(
-        self, program: Program, fusion: Fusion, isa: Isa, builder: relax.BlockBuilder, fixed: Mapping[str, int]
+        self,
+        program: Program,
+        fusion: Fusion,
+        isa: Isa,
+        builder: relax.BlockBuilder,
+        kernels: relax.BlockBuilder,
+        fixed: Mapping[str, int],
     ) -> None:
-        self.program, self.fusion, self.isa, self.builder, self.fixed = program, fusion, isa, builder, fixed
+        self.program, self.fusion, self.isa, self.fixed = program, fusion, isa, fixed
+        self.builder, self.kernels = builder, kernels
         self.sizes = Sizes()
         self.values: dict[fx.Node, Any] = {}
         self.codes: dict[tuple[fx.Node, int], Codes] = {}
@@ -72,7 +80,7 @@ class Translator:
         fields = [relax.TensorType(tuple(t.shape), dtype_of(t)) for t in stored.values()]
         tuple_ = relax.Var("weights", relax.TupleType(fields))
         # The number of inputs tells Relax that what follows them are weights.
-        attributes = {"num_input": len(parameters)}
+        attributes = {"num_input": len(parameters), "relax.force_pure": True}
         with self.builder.function(name, [*parameters, tuple_], attrs=attributes):
             self._places = {weight: relax.TupleGetItem(tuple_, i) for i, weight in enumerate(stored)}
             for node in self.program.graph.nodes:
@@ -175,11 +183,20 @@ class Translator:
         outputs: Sequence[tuple[Sequence[Any], str]],
     ) -> list[relax.Expr]:
         """Calls a kernel that writes new tensors; equal kernels are one function."""
-        function = build(Sizes())
-        variable = self.builder.add_func(function, str(function.attrs["global_symbol"]))
         types = [self._type(shape, dtype) for shape, dtype in outputs]
-        made = self.builder.emit(relax.call_tir(variable, list(inputs), out_ty=types if len(types) > 1 else types[0]))
+        out_ty = types if len(types) > 1 else types[0]
+        made = self.builder.emit(relax.call_dps_packed(self._named(build(Sizes())), list(inputs), out_ty=out_ty))
         return [self.builder.emit(relax.TupleGetItem(made, i)) for i in range(len(types))] if len(types) > 1 else [made]
+
+    def update(self, build: Callable[[Sizes], tirx.PrimFunc], arguments: Sequence[relax.Expr]) -> None:
+        """Calls a kernel that writes its last argument in place."""
+        name = relax.ExternFunc(self._named(build(Sizes())))
+        self.builder.emit(relax.Call(name, list(arguments), ty_args=[relax.TupleType([])]))
+
+    def _named(self, function: tirx.PrimFunc) -> str:
+        """The name of a kernel in the library; equal kernels are one."""
+        name = str(function.attrs["global_symbol"])
+        return str(self.kernels.add_func(function.without_attr("global_symbol"), name).name_hint)
 
     def view_of(self, variable: relax.Expr, shape: Sequence[Any], dtype: str = "float32") -> View:
         """A whole variable as a view."""
@@ -404,12 +421,7 @@ def _update(t: Translator, node: fx.Node) -> None:
             cache.dtype,
         )
 
-    inputs = [source.variable, slots.variable, *table, cache.variable]
-    variable = t.builder.add_func(build(Sizes()), "kv_cache_update")
-    kind = t._type(cache.layout.shape, cache.dtype)
-    written = t.builder.emit(relax.call_tir_inplace(variable, inputs, len(inputs) - 1, kind))
-    # Whoever reads the cache from here on reads what was written.
-    t.values[cache_node] = View(written, cache.layout, cache.dtype)  # type: ignore[index]
+    t.update(build, [source.variable, slots.variable, *table, cache.variable])
 
 
 ATTENTION_OPTIONS = ("scale", "causal", "window", "chunk", "prefix", "softcap")
