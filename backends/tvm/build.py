@@ -36,8 +36,10 @@ def build(program: Program, target: Target, file: Path, progress: Progress) -> N
     module, kernels = translate(program, target, forms(program))
     machine = tvm_target(target)
     progress("compile with LLVM", 0.4)
-    # Kernels have a module of their own: beside functions made of blocks, LLVM keeps their sums in memory.
-    module = module.with_attr("external_mods", [tvm.tirx.build(kernels, target=machine)])
+    # Kernels are built apart: the pass that shares memory between buffers would take their registers from the stack.
+    with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
+        library = tvm.tirx.build(kernels, target=machine)
+    module = module.with_attr("external_mods", [library])
     with machine, tvm.transform.PassContext(opt_level=3):
         compiled = relax.build(module, target=machine, relax_pipeline=tvm.transform.Sequential(pipeline()))
     progress("link", 0.9)

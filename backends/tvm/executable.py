@@ -24,7 +24,9 @@ class TvmExecutable:
         machine = relax.VirtualMachine(library, tvm.cpu())
         self._forms = {form: machine[form] for form in forms}
         self._contract = contract
-        self._weights = tvm_ffi.Array([tvm_ffi.from_dlpack(weight.detach().contiguous()) for weight in weights.values()])
+        self._weights = tvm_ffi.Array(
+            [tvm_ffi.from_dlpack(weight.detach().contiguous()) for weight in weights.values()]
+        )
         roles = ("token", "logit_index")
         self._single = [spec.name for spec in contract.inputs if spec.role in roles]
         self._state = {spec.name for spec in contract.state}
@@ -59,5 +61,3 @@ class TvmExecutable:
                     f"{self._keys} asks for {keys} slots and the caches hold {capacity} besides the scratch slot",
                     fix="Allocate caches with a larger capacity",
                 )
-
-

@@ -1,9 +1,9 @@
 """Which nodes of a program become one kernel: chains whose inner values nobody else reads.
 
-    norm → rounding                        one kernel that puts out codes
-    rope → cache update                    keys are rotated on their way into the cache
-    linear → add of a tensor of its shape  the residual is added as the linear layer stores
-    linear → halves → gated activation     gate and up are multiplied as the linear layer stores
+norm → rounding                        one kernel that puts out codes
+rope → cache update                    keys are rotated on their way into the cache
+linear → add of a tensor of its shape  the residual is added as the linear layer stores
+linear → halves → gated activation     gate and up are multiplied as the linear layer stores
 """
 
 from dataclasses import dataclass, field

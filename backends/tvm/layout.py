@@ -112,7 +112,9 @@ def _embedding_fake(
 
 
 @tiled_embedding.cost
-def _embedding_cost(indices: TensorInfo, weight: TensorInfo, scale: TensorInfo, *_rest: object, **_more: object) -> Cost:
+def _embedding_cost(
+    indices: TensorInfo, weight: TensorInfo, scale: TensorInfo, *_rest: object, **_more: object
+) -> Cost:
     width = (weight.shape[1] * weight.dtype.itemsize + scale.shape[1] * scale.dtype.itemsize) // tiles.ROWS
     return Cost(bytes=indices.bytes + 2 * indices.numel * width)
 

@@ -16,7 +16,15 @@ from graphwright.backends.tvm.fusion import NORMS, Fusion
 from graphwright.backends.tvm.layout import tiled_embedding, tiled_linear
 from graphwright.backends.tvm.leftovers import Leftovers
 from graphwright.backends.tvm.values import (
-    Codes, Sizes, View, expand, insert, narrow, reshape, shape_of, size_of, transpose,
+    Sizes,
+    View,
+    expand,
+    insert,
+    narrow,
+    reshape,
+    shape_of,
+    size_of,
+    transpose,
 )  # fmt: skip
 from graphwright.errors import BackendError
 from graphwright.kernels.tir import attention as attention_kernels
@@ -26,7 +34,7 @@ from graphwright.kernels.tir.copy import copy
 from graphwright.kernels.tir.emit import Layout
 from graphwright.kernels.tir.isa import Isa
 from graphwright.kernels.tir.normalize import Norm, normalize
-from graphwright.kernels.tir.quantize import quantize
+from graphwright.kernels.tir.quantize import CodeRow, quantize
 from graphwright.kernels.tir.quantized_embedding import quantized_embedding
 from graphwright.kernels.tir.quantized_linear import QuantizedLinear
 from graphwright.program import Program
@@ -63,7 +71,7 @@ class Translator:
         self.builder, self.kernels = builder, kernels
         self.sizes = Sizes()
         self.values: dict[fx.Node, Any] = {}
-        self.codes: dict[tuple[fx.Node, int], Codes] = {}
+        self.codes: dict[tuple[fx.Node, int], relax.Expr] = {}
         self.tables: dict[tuple[Any, ...], tuple[relax.Expr, relax.Expr]] = {}
         self.weights: dict[str, relax.Expr] = {}
         self.leftovers = Leftovers(builder, self._for_converter)
@@ -204,15 +212,14 @@ class Translator:
 
     # Integer products
 
-    def _codes(self, rounding: Any, group_size: int) -> Codes:
-        """The codes that a rounding stands for, with sums per group of `group_size`."""
+    def _codes(self, rounding: Any, group_size: int) -> relax.Expr:
+        """Rows of the codes that a rounding stands for, with sums per group of `group_size`."""
         key = (rounding, group_size)
         if key not in self.codes:
             norm = self.fusion.norm.get(rounding)
             source = self.rows((norm or rounding).args[0])
-            lead, width = source.layout.shape[:-1], source.layout.shape[-1]
-            groups = -(-width // group_size)
-            outputs = [((*lead, groups * group_size), "int8"), ((*lead, groups), "int32"), ((*lead, 1), "float32")]
+            shape = source.layout.shape
+            outputs = [((*shape[:-1], CodeRow(shape[-1], group_size).bytes), "int8")]
             if norm is None:
                 made = self.kernel(lambda s: quantize(s.layout(source.layout), group_size), [source.variable], outputs)
             else:
@@ -222,7 +229,7 @@ class Translator:
                     [source.variable, *gains],
                     outputs,
                 )
-            self.codes[key] = Codes(*made)
+            self.codes[key] = made[0]
         return self.codes[key]
 
     def _norm(self, node: fx.Node) -> tuple[Norm, list[relax.Expr]]:
@@ -242,14 +249,13 @@ class Translator:
         """A linear layer over codes, up to the node that its epilogue computes."""
         source, weight, scale, zero, bias, format, group_size, outputs = node.args
         codes = self._codes(source, int(group_size))  # type: ignore[call-overload]
-        groups = scale.meta["val"].shape[1]  # type: ignore[union-attr]
         gated = finish is not None and finish.target is ops.gated_activation.target
         residual = None
         if finish is not None and not gated:
             residual = next(a for a in finish.args if a is not node)
         layer = QuantizedLinear(
             outputs=int(outputs),  # type: ignore[call-overload]
-            groups=groups,
+            inputs=source.meta["val"].shape[-1],  # type: ignore[union-attr]
             group_size=int(group_size),  # type: ignore[call-overload]
             format=str(format),
             asymmetric=zero is not None,
@@ -259,7 +265,7 @@ class Translator:
             activation=str(finish.args[2]) if gated and finish is not None else "",
         )
         shape = (*shape_of(node.meta["val"], self.fixed)[:-1], layer.width)
-        inputs = [codes.codes, codes.sums, codes.step, self.weight(weight), self.weight(scale)]  # type: ignore[arg-type]
+        inputs = [codes, self.weight(weight), self.weight(scale)]  # type: ignore[arg-type]
         inputs += [self.view(part).variable for part in (zero, bias) if part is not None]
         if residual is not None:
             inputs.append(self.dense(residual))
@@ -351,18 +357,21 @@ def _normalize(t: Translator, node: fx.Node) -> View:
     source = t.rows(node.args[0])
     norm, gains = t._norm(node)
     shape = source.layout.shape
-    made = t.kernel(
-        lambda s: normalize(norm, s.layout(source.layout)), [source.variable, *gains], [(shape, "float32")]
-    )
+    made = t.kernel(lambda s: normalize(norm, s.layout(source.layout)), [source.variable, *gains], [(shape, "float32")])
     return t.view_of(made[0], shape)
 
 
 def _embedding(t: Translator, node: fx.Node) -> View:
     indices, weight, scale, zero, format, group_size, width, _ = node.args
     index = t.view(indices, "int64")
-    tiles, groups = scale.meta["val"].shape[:2]  # type: ignore[union-attr]
+    rows = scale.meta["val"].shape[0] * 16  # type: ignore[union-attr]
     table = QuantizedLinear(
-        tiles * 16, groups, int(group_size), str(format), zero is not None, dtype_of(scale.meta["val"])  # type: ignore[call-overload, union-attr]
+        rows,
+        int(width),
+        int(group_size),
+        str(format),
+        zero is not None,
+        dtype_of(scale.meta["val"]),  # type: ignore[call-overload, union-attr]
     )
     inputs = [index.variable, *(t.weight(part) for part in (weight, scale, zero) if isinstance(part, fx.Node))]
     shape = shape_of(node.meta["val"], t.fixed)

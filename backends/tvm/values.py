@@ -34,15 +34,6 @@ class View:
         return self.layout.strides == expected.strides and self.layout.base == self.layout.shape
 
 
-@dataclass(frozen=True)
-class Codes:
-    """Quantized activations: codes, sums of codes per group of the weight, and the step per row."""
-
-    codes: relax.Expr
-    sums: relax.Expr
-    step: relax.Expr
-
-
 class Sizes:
     """Sympy expressions as TIR expressions of one function's own variables."""
 
@@ -170,5 +161,3 @@ def _divides(part: Size, whole: Size) -> bool:
 
 def _plain(size: Size) -> Size:
     return int(size) if isinstance(size, int) or size.is_Integer else size
-
-

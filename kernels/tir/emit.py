@@ -27,6 +27,10 @@ LANES = 16
 """Rows of a weight tile, and floats in the widest vector; LLVM splits wider vectors than a machine has."""
 
 
+STACK = 1 << 15
+"""Bytes of one scratch buffer that may lie on a thread's stack."""
+
+
 class Flat:
     """A buffer as one run of elements."""
 
@@ -138,8 +142,10 @@ def kernel(name: str) -> Iterator[Kernel]:
 
 
 def local(elements: int, dtype: str) -> Flat:
-    """Scratch memory; small ones with constant offsets become registers."""
-    return Flat(T.alloc_buffer((elements,), dtype, scope="local"), dtype)
+    """Scratch memory: on the stack, and in registers where its offsets are constants, unless it is large."""
+    on_stack = elements * int("".join(c for c in dtype if c.isdigit())) // 8 <= STACK
+    annotations = {"disable_lower_builtin": True} if on_stack else {}
+    return Flat(T.alloc_buffer((elements,), dtype, scope="local", annotations=annotations), dtype)
 
 
 def parallel(extent: Index) -> Any:
@@ -160,6 +166,11 @@ def let(value: Any) -> Any:
 def splat(value: Any, lanes: int = LANES) -> Any:
     """One value in every lane."""
     return tirx.Broadcast(value, lanes)
+
+
+def spread(value: Any, lanes: int) -> Any:
+    """One value in every lane; itself where there is one lane."""
+    return tirx.Broadcast(value, lanes) if lanes > 1 else value
 
 
 def zeros(dtype: str, lanes: int = LANES) -> Any:

@@ -9,9 +9,20 @@ from typing import Any, Literal
 
 from tvm import tirx
 
-from graphwright.kernels.tir.emit import Flat, Layout, kernel, let, local, loop, parallel, reduce_add, splat, widest
+from graphwright.kernels.tir.emit import (
+    Flat,
+    Layout,
+    kernel,
+    let,
+    local,
+    loop,
+    parallel,
+    reduce_add,
+    spread,
+    widest,
+)  # fmt: skip
 from graphwright.kernels.tir.functions import constant
-from graphwright.kernels.tir.quantize import CodeBuffers, copy_row, quantize_row
+from graphwright.kernels.tir.quantize import CodeBuffers, CodeRow, quantize_row
 
 
 @dataclass(frozen=True)
@@ -26,38 +37,34 @@ class Norm:
 
 
 def normalize(norm: Norm, layout: Layout, group_size: int | None = None) -> tirx.PrimFunc:
-    """The kernel over rows of `layout`; with a `group_size` it puts out codes, sums and step instead of floats."""
+    """The kernel over rows of `layout`; with a `group_size` it puts out rows of codes instead of floats."""
     width = layout.shape[-1]
     with kernel(f"{norm.kind}_norm") as k:
         x = k.read("x", layout.base, "float32")
         weight = k.read("weight", (width,), "float32") if norm.weight else None
         bias = k.read("bias", (width,), "float32") if norm.bias else None
-        codes = CodeBuffers(k, layout.shape[:-1], width, group_size) if group_size else None
+        codes = CodeBuffers(k, layout.shape[:-1], CodeRow(width, group_size)) if group_size else None
         out = None if codes else k.write("out", layout.shape, "float32")
         k.begin()
+        if codes:
+            codes.begin()
         with parallel(layout.rows) as row:
             start = let(layout.row(row))
             mean = _mean(x, start, width) if norm.kind == "layer" else None
             factor = _factor(x, start, width, mean, norm.eps)
 
             def value(at: Any, lanes: int) -> Any:
-                centred = (
-                    x.vec(start + at, lanes) - (splat(mean, lanes) if lanes > 1 else mean)
-                    if mean is not None
-                    else x.vec(start + at, lanes)
-                )
-                result = centred * (splat(factor, lanes) if lanes > 1 else factor)
+                centred = x.vec(start + at, lanes)
+                if mean is not None:
+                    centred = centred - spread(mean, lanes)
+                result = centred * spread(factor, lanes)
                 if weight is not None:
                     gain = weight.vec(at, lanes)
                     result = result * (gain + constant(1.0, lanes) if norm.unit_offset else gain)
                 return result + bias.vec(at, lanes) if bias is not None else result
 
             if codes:
-                values = local(codes.padded, "float32")
-                for at in range(width, codes.padded):
-                    values.put(at, tirx.const(0.0, "float32"), 1)
-                copy_row(values, value, width)
-                quantize_row(values, codes, row)
+                quantize_row(value, codes, row)
             else:
                 lanes = widest(width)
                 with loop(width // lanes) as i:
@@ -73,7 +80,7 @@ def _factor(x: Flat, start: Any, width: int, mean: Any, eps: float) -> Any:
     def square(at: Any, lanes: int) -> Any:
         value = x.vec(start + at, lanes)
         if mean is not None:
-            value = value - (splat(mean, lanes) if lanes > 1 else mean)
+            value = value - spread(mean, lanes)
         value = let(value)
         return value * value
 

@@ -1,4 +1,4 @@
-"""Low-bit weights times 8-bit activations: y = x_scale * sum over groups of scale * (codes · weight - zero * sum(codes)).
+"""Low-bit weights times 8-bit activations: y = step * sum over groups of scale * (codes · weight - zero * sum(codes)).
 
 One row (`vector`): every thread streams its share of the weight tiles once, unpacking in registers. Many rows
 (`matrix`): a thread unpacks two tiles into its cache, then multiplies them with all rows, four at a time. Both end in
@@ -29,6 +29,7 @@ from graphwright.kernels.tir.emit import (
 )
 from graphwright.kernels.tir.functions import ACTIVATIONS
 from graphwright.kernels.tir.isa import Isa
+from graphwright.kernels.tir.quantize import CodeBuffers, CodeRow
 from graphwright.kernels.tir.tiles import ROWS, STEP, unsigned_zero
 
 ROW_BLOCK = 4
@@ -44,7 +45,7 @@ class QuantizedLinear:
 
     Attributes:
         outputs: N, of the weight.
-        groups: along K.
+        inputs: K.
         group_size: a multiple of `tiles.STEP`.
         format: of the weight.
         asymmetric: it has zero points.
@@ -55,7 +56,7 @@ class QuantizedLinear:
     """
 
     outputs: int
-    groups: int
+    inputs: int
     group_size: int
     format: str
     asymmetric: bool
@@ -63,6 +64,11 @@ class QuantizedLinear:
     bias: bool = False
     residual: bool = False
     activation: str = ""
+
+    @property
+    def groups(self) -> int:
+        """Groups along K, the last one padded."""
+        return ceil_div(self.inputs, self.group_size)
 
     @property
     def tiles(self) -> int:
@@ -88,7 +94,7 @@ class QuantizedLinear:
 def vector(layer: QuantizedLinear, isa: Isa, lead: Sequence[Index]) -> tirx.PrimFunc:
     """The kernel for one row; `lead` are the leading dimensions of the activations, all 1."""
     with kernel("quantized_linear_vector") as k:
-        b = _Buffers(k, layer, lead, 1)
+        b = _Buffers(k, layer, lead)
         with parallel(layer.width // ROWS if layer.activation else layer.tiles) as tile:
             chosen = [tile, tile + layer.tiles // 2] if layer.activation else [tile]
             totals = [_one_row(b, isa, t) for t in chosen]
@@ -103,7 +109,7 @@ def matrix(layer: QuantizedLinear, isa: Isa, lead: Sequence[Index]) -> tirx.Prim
         rows = rows * size
     columns = layer.width // ROWS if layer.activation else ceil_div(layer.tiles, 2)
     with kernel("quantized_linear_matrix") as k:
-        b = _Buffers(k, layer, lead, rows)
+        b = _Buffers(k, layer, lead)
         shares = let(ceil_div(rows, ROWS_PER_TASK))
         with parallel(columns * shares) as task:
             column, share = let(task % columns), let(task // columns)
@@ -126,12 +132,9 @@ def matrix(layer: QuantizedLinear, isa: Isa, lead: Sequence[Index]) -> tirx.Prim
 class _Buffers:
     """The kernel's arguments, in the order in which it takes them."""
 
-    def __init__(self, k: Kernel, layer: QuantizedLinear, lead: Sequence[Index], rows: Index) -> None:
+    def __init__(self, k: Kernel, layer: QuantizedLinear, lead: Sequence[Index]) -> None:
         self.layer = layer
-        padded = layer.groups * layer.group_size
-        codes = k.read("codes", (*lead, padded), "int8")
-        self.sums = k.read("sums", (*lead, layer.groups), "int32")
-        self.step = k.read("step", (*lead, 1), "float32")
+        self.codes = CodeBuffers(k, lead, CodeRow(layer.inputs, layer.group_size))
         tile_bytes = layer.groups * layer.vectors * 4 * ROWS
         self.weight = k.read("weight", (layer.tiles, tile_bytes), "uint8")
         groups = (layer.tiles, layer.groups, ROWS)
@@ -142,7 +145,7 @@ class _Buffers:
         self.out = k.write("out", (*lead, layer.width), "float32")
         self.quads = layer.groups * layer.quads
         k.begin()
-        self.codes = codes.view("int32", rows * self.quads)
+        self.codes.begin()
 
 
 def _tiles_of(layer: QuantizedLinear, column: Any) -> list[Any]:
@@ -162,13 +165,13 @@ def _one_row(b: _Buffers, isa: Isa, tile: Any) -> Flat:
     with loop(layer.groups) as group:
         at = let(tile * layer.groups + group)
         for lane in range(0, ROWS, lanes):
-            sums.put(lane, _start(b, isa, at, lane, b.sums[group]), lanes)
+            sums.put(lane, _start(b, isa, at, lane, b.codes.sum(0, group)), lanes)
             sums.put(ROWS + lane, zeros("int32", lanes), lanes)
         with loop(layer.vectors) if layer.vectors > 16 else T.unroll(0, layer.vectors) as v:
             for lane in range(0, ROWS, lanes):
                 stored = let(b.weight.vec((at * layer.vectors + v) * 4 * ROWS + 4 * lane, 4 * lanes))
                 for half, weights in enumerate(_nibbles(layer, isa, stored, lanes)):
-                    code = b.codes[group * layer.quads + v * (STEP[layer.format] // 4) + half]
+                    code = b.codes.quad(0, group * layer.quads + v * (STEP[layer.format] // 4) + half)
                     place = half * ROWS + lane
                     sums.put(place, isa.dot(sums.vec(place, lanes), weights, code, lanes), lanes)
         for lane in range(0, ROWS, lanes):
@@ -205,13 +208,13 @@ def _row_block(b: _Buffers, isa: Isa, rows: list[Any], tiles: list[Any], weights
             for j, tile in enumerate(tiles):
                 for lane in range(0, ROWS, lanes):
                     at = tile * layer.groups + group
-                    sums[i][j].put(lane, _start(b, isa, at, lane, b.sums[row * layer.groups + group]), lanes)
+                    sums[i][j].put(lane, _start(b, isa, at, lane, b.codes.sum(row, group)), lanes)
         with loop(layer.quads) if layer.quads > 16 else T.unroll(0, layer.quads) as quad:
             place = let(group * layer.quads + quad)
             for lane in range(0, ROWS, lanes):
                 loaded = [let(_bytes(b, isa, w, t, place, lane)) for w, t in zip(weights, tiles, strict=True)]
                 for i, row in enumerate(rows):
-                    code = let(b.codes[row * b.quads + place])
+                    code = let(b.codes.quad(row, place))
                     for j, weight in enumerate(loaded):
                         sums[i][j].put(lane, isa.dot(sums[i][j].vec(lane, lanes), weight, code, lanes), lanes)
         for j, tile in enumerate(tiles):
@@ -265,7 +268,7 @@ def _clear(total: Flat, elements: int, lanes: int) -> None:
 def _finish(b: _Buffers, isa: Isa, row: Any, tile: Any, totals: list[Flat]) -> None:
     """Scale, bias, activation or residual of one row of one tile, stored where the output has it."""
     layer, lanes = b.layer, isa.lanes
-    step = let(b.step[row])
+    step = let(b.codes.step(row))
     result = totals[0]
     for lane in range(0, ROWS, lanes):
         values = [total.vec(lane, lanes) * splat(step, lanes) for total in totals]
