@@ -74,7 +74,8 @@ def plan_fusion(program: Program) -> Fusion:
 
 def _fuse_epilogue(node: fx.Node, found: Fusion) -> None:
     users = list(node.users)
-    if len(users) == 1 and _is_residual(node, users[0]):
+    # The sum of two linear layers ends one of them, and takes the other as its residual.
+    if len(users) == 1 and users[0] not in found.linear and _is_residual(node, users[0]):
         found.linear[users[0]] = node
         found.inside.add(node)
         return

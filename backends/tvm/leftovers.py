@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from tvm import relax
+from tvm import relax, tirx
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from graphwright.errors import BackendError
@@ -20,7 +20,7 @@ class Leftovers:
         self._importer = ExportedProgramImporter()
         self._importer.block_builder = builder
         self._importer.env = _Values(value_of)
-        self._importer.update_convert_map({"clamp.default": self._clamp})
+        self._importer.update_convert_map({name: getattr(self, method) for name, method in OWN.items()})
 
     def convert(self, node: fx.Node) -> relax.Expr:
         """The value of a node.
@@ -44,12 +44,58 @@ class Leftovers:
         """TVM's own converter takes infinity for a bound that is absent, which integers do not have."""
         x, low, high = (*node.args, None, None)[:3]
         result = self._importer.env[x]
-        dtype = str(node.meta["val"].dtype).removeprefix("torch.")
+        dtype = _dtype(node)
         if low is not None:
             result = relax.op.maximum(result, relax.const(low, dtype))
         if high is not None:
             result = relax.op.minimum(result, relax.const(high, dtype))
         return self._importer.block_builder.emit(result)
+
+    def _where_scalar(self, node: fx.Node) -> relax.Expr:
+        condition, kept, other = node.args
+        value = self._importer.env[kept]
+        scalar = relax.const(other, _dtype(node))
+        return self._importer.block_builder.emit(relax.op.where(self._importer.env[condition], value, scalar))
+
+    def _smallest(self, node: fx.Node) -> relax.Expr:
+        return self._extreme(node, relax.op.min)
+
+    def _largest(self, node: fx.Node) -> relax.Expr:
+        return self._extreme(node, relax.op.max)
+
+    def _extreme(self, node: fx.Node, operator: Callable[..., relax.Expr]) -> relax.Expr:
+        x, dims, keep = (*node.args, *((), False)[len(node.args) - 1 :])
+        axes = [int(dim) for dim in dims] or None  # type: ignore[union-attr, arg-type]
+        return self._importer.block_builder.emit(operator(self._importer.env[x], axis=axes, keepdims=bool(keep)))
+
+    def _index(self, node: fx.Node) -> relax.Expr:
+        """Rows along one dimension; TVM's own converter takes no index from the end."""
+        source, indices = node.args
+        given = [(dim, index) for dim, index in enumerate(indices) if index is not None]  # type: ignore[arg-type]
+        if len(given) != 1 or given[0][1].meta["val"].dtype == torch.bool:
+            raise NotImplementedError("indexing by several tensors, or by a mask")
+        dim, index = given[0]
+        data, places, dtype = self._importer.env[source], self._importer.env[index], _dtype(index)
+        size = data.ty.shape[dim]
+        if not isinstance(size, tirx.IntImm):
+            raise NotImplementedError("indexing along a symbolic dimension")
+        zero, whole = relax.const(0, dtype), relax.const(int(size), dtype)
+        wrapped = relax.op.where(relax.op.less(places, zero), relax.op.add(places, whole), places)
+        return self._importer.block_builder.emit(relax.op.take(data, wrapped, axis=dim))
+
+
+OWN = {
+    "clamp.default": "_clamp",
+    "where.ScalarOther": "_where_scalar",
+    "amin.default": "_smallest",
+    "amax.default": "_largest",
+    "index.Tensor": "_index",
+}
+"""Converters of this module by the name of what they convert."""
+
+
+def _dtype(node: fx.Node) -> str:
+    return str(node.meta["val"].dtype).removeprefix("torch.")
 
 
 class _Values(dict[fx.Node, Any]):
@@ -75,4 +121,4 @@ def converter_name(node: fx.Node) -> str:
 @functools.cache
 def known() -> frozenset[str]:
     """Names of all converters."""
-    return frozenset(name for name in ExportedProgramImporter().convert_map if isinstance(name, str))
+    return frozenset(name for name in ExportedProgramImporter().convert_map if isinstance(name, str)) | set(OWN)

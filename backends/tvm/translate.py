@@ -32,6 +32,7 @@ from graphwright.kernels.tir import quantized_linear as linear_kernels
 from graphwright.kernels.tir import rope as rope_kernels
 from graphwright.kernels.tir.copy import copy
 from graphwright.kernels.tir.emit import Layout
+from graphwright.kernels.tir.gated_activation import gated_activation
 from graphwright.kernels.tir.isa import Isa
 from graphwright.kernels.tir.normalize import Norm, normalize
 from graphwright.kernels.tir.quantize import CodeRow, quantize
@@ -271,7 +272,7 @@ class Translator:
             inputs.append(self.dense(residual))
         build = linear_kernels.vector if all(size == 1 for size in shape[:-1]) else linear_kernels.matrix
         made = self.kernel(
-            lambda s: build(layer, self.isa, [s(size) for size in shape[:-1]]), inputs, [(shape, "float32")]
+            lambda s: build(layer, self.isa, [s.dim(size) for size in shape[:-1]]), inputs, [(shape, "float32")]
         )
         return self.view_of(made[0], shape)
 
@@ -326,6 +327,18 @@ def _expand(t: Translator, node: fx.Node) -> View | None:
     return None if layout is None else View(source.variable, layout, source.dtype)
 
 
+def _index(t: Translator, node: fx.Node) -> View | None:
+    """Indexing by one constant of one element, as in x[:, [-1]]."""
+    source, indices = node.args
+    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]  # type: ignore[arg-type, union-attr]
+    if len(given) != 1 or given[0][1].op != "get_attr" or given[0][1].meta["val"].shape != (1,):
+        return None
+    dim, view = given[0][0], t.view(source)
+    place = int(t.program.weight(given[0][1]))
+    start = place if place >= 0 else view.layout.shape[dim] + place
+    return View(view.variable, narrow(view.layout, dim, start, 1), view.dtype)
+
+
 def _same(t: Translator, node: fx.Node) -> View | None:
     source = t.view(node.args[0])
     return source if source.dtype == dtype_of(node.meta["val"]) else None
@@ -339,6 +352,7 @@ VIEWS: Mapping[Any, Callable[[Translator, fx.Node], View | None]] = {
     aten.view.default: _reshape,
     aten.unsqueeze.default: _unsqueeze,
     aten.expand.default: _expand,
+    aten.index.Tensor: _index,
     aten.contiguous.default: _same,
     aten.clone.default: _same,
     aten.to.dtype: _same,
@@ -358,6 +372,17 @@ def _normalize(t: Translator, node: fx.Node) -> View:
     norm, gains = t._norm(node)
     shape = source.layout.shape
     made = t.kernel(lambda s: normalize(norm, s.layout(source.layout)), [source.variable, *gains], [(shape, "float32")])
+    return t.view_of(made[0], shape)
+
+
+def _gated(t: Translator, node: fx.Node) -> View:
+    gate, up = t.rows(node.args[0]), t.rows(node.args[1])
+    shape = gate.layout.shape
+    made = t.kernel(
+        lambda s: gated_activation(str(node.args[2]), s.layout(gate.layout), s.layout(up.layout)),
+        [gate.variable, up.variable],
+        [(shape, "float32")],
+    )
     return t.view_of(made[0], shape)
 
 
@@ -477,6 +502,7 @@ KERNELS: Mapping[Any, Callable[[Translator, fx.Node], Any]] = {
     tiled_linear.target: _linear,
     tiled_embedding.target: _embedding,
     ops.attention.target: _attention,
+    ops.gated_activation.target: _gated,
     ops.kv_cache_update.target: _update,
     ops.rope.target: _rope,
     **dict.fromkeys(NORMS, _normalize),

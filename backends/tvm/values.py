@@ -44,7 +44,7 @@ class Sizes:
         """An int, or a TIR expression."""
         if isinstance(size, int) or size.is_Integer:
             return int(size)
-        if size.is_Symbol:
+        if size.is_Symbol or str(size) in self._variables:
             return self._variables.setdefault(str(size), tirx.Var(str(size), "int64"))
         parts = [self(part) for part in size.args]
         if isinstance(size, (sympy.Add, sympy.Mul)):
@@ -58,13 +58,20 @@ class Sizes:
             return tirx.floormod(parts[0], parts[1])
         raise NotImplementedError(str(size))
 
+    def dim(self, size: Size) -> Any:
+        """The size of a buffer's dimension; a compound one becomes a variable, which the buffer then defines."""
+        if not isinstance(size, int) and not size.is_Integer:
+            self._variables.setdefault(str(size), tirx.Var(f"size_{len(self._variables)}", "int64"))
+        return self(size)
+
     def layout(self, layout: Layout) -> Layout:
         """A layout whose sizes are TIR expressions."""
 
         def each(sizes: Sequence[Size]) -> tuple[Any, ...]:
             return tuple(self(size) for size in sizes)
 
-        return Layout(each(layout.base), each(layout.shape), each(layout.strides), self(layout.offset))
+        base = tuple(self.dim(size) for size in layout.base)
+        return Layout(base, each(layout.shape), each(layout.strides), self(layout.offset))
 
 
 def shape_of(value: Any, fixed: Mapping[str, int]) -> tuple[Size, ...]:
