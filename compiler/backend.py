@@ -5,14 +5,16 @@ every file that a fresh process needs into a directory and returns the executabl
 from those files and the program's weights, without the graph.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, fx
 
+from graphwright import registry
 from graphwright.contract import Contract
+from graphwright.errors import BackendError
 from graphwright.program import Program
 from graphwright.target import Target
 from graphwright.text import op_name
@@ -66,6 +68,10 @@ class Backend(Protocol):
         """The executable from the files in `directory` and the weights by name, which are shared, not copied."""
         ...
 
+    def jit(self, program: Program) -> Callable[[Sequence[Any]], Any]:
+        """A callable over the contract's inputs in order, compiled in this process, for the torch.compile face."""
+        ...
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -74,10 +80,12 @@ class Coverage:
     lowered: dict[str, int] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    passed_over: dict[str, str] = field(default_factory=dict)
+    """Why backends that the target prefers were not used, by name."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the report."""
-        return {"lowered": self.lowered, "fallbacks": self.fallbacks, "reasons": self.reasons}
+        return vars(self).copy()
 
 
 def coverage(program: Program, backend: Backend, target: Target) -> Coverage:
@@ -91,3 +99,43 @@ def coverage(program: Program, backend: Backend, target: Target) -> Coverage:
         if not support.ok:
             found.reasons[name] = support.reason
     return found
+
+
+def choose(program: Program, target: Target, candidates: Sequence[Backend]) -> tuple[Backend, dict[str, str]]:
+    """The first backend that lowers every call itself, else the last; and why the ones before it were passed over."""
+    passed_over: dict[str, str] = {}
+    for backend in candidates[:-1]:
+        reasons = coverage(program, backend, target).reasons
+        if not reasons:
+            return backend, passed_over
+        name, reason = next(iter(reasons.items()))
+        passed_over[backend.name] = f"{name}: {reason}"
+    return candidates[-1], passed_over
+
+
+def backends_for(target: Target, name: str = "") -> list[Backend]:
+    """The backend called `name`, or those of the target that are installed, the preferred one first.
+
+    Raises:
+        BackendError: there is none for this kind of target.
+    """
+    if not (name or target.backends):
+        raise BackendError(
+            f"No backend of this version compiles for {target.name}", fix="Compile for cpu, which runs everywhere"
+        )
+    if not name:
+        *optional, last = target.backends
+        return [*filter(None, map(_installed, optional)), registry.backend(last)]
+    backend = registry.backend(name)
+    if target.kind not in backend.kinds:
+        raise BackendError(
+            f"Backend {name} compiles for {', '.join(backend.kinds)}, and {target.name} is {target.kind}"
+        )
+    return [backend]
+
+
+def _installed(name: str) -> Backend | None:
+    try:
+        return registry.backend(name)
+    except BackendError:
+        return None

@@ -264,7 +264,7 @@ def targets(as_json: AsJson = False) -> None:
         rows.append(
             {
                 "target": name,
-                "backend": target.backend or "none in this version",
+                "backend": ", ".join(target.backends) or "none in this version",
                 "memory": f"{target.memory_bytes / 2**30:.0f} GiB",
                 "bandwidth": f"{target.bandwidth / 1e9:.0f} GB/s",
                 "features": " ".join(target.features),

@@ -19,11 +19,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from graphwright import artifact, registry
-from graphwright.backend import Backend, Executable, Progress, coverage
+from graphwright.backend import Executable, Progress, backends_for, choose, coverage
 from graphwright.capture import DimNames, capture
 from graphwright.engine.generate import GenerationResult, Generator
 from graphwright.engine.tokenizer import Tokenizer
-from graphwright.errors import BackendError
 from graphwright.feeding import token_inputs
 from graphwright.manager import Observer, PassManager, plan_passes
 from graphwright.pass_ import Context
@@ -120,7 +119,7 @@ def compile(
     options = replace(options or CompileOptions(), **changes)
     wanted = Recipe.load(recipe)
     machine = target if isinstance(target, Target) else Target.parse(target)
-    lowering = backend_for(machine, options.backend)
+    candidates = backends_for(machine, options.backend)
     plan_passes(wanted)
     workspace = tempfile.TemporaryDirectory(prefix="graphwright-")
     folder = Path(workspace.name)
@@ -147,6 +146,7 @@ def compile(
         rewritten = rewrite(captured, wanted, machine, options, consume=mine)
         del captured
     with _timed(seconds, "lower"):
+        lowering, passed_over = choose(rewritten, machine, candidates)
         kernels = folder / KERNELS
         kernels.mkdir()
         rewritten = lowering.prepare(rewritten, machine)
@@ -157,7 +157,7 @@ def compile(
         recipe=wanted,
         target=machine,
         backend=lowering.name,
-        coverage=coverage(rewritten, lowering, machine).to_json(),
+        coverage=replace(coverage(rewritten, lowering, machine), passed_over=passed_over).to_json(),
         seconds=seconds,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
@@ -181,25 +181,6 @@ def load(directory: Path | str, *, target: str | Target = "cpu") -> "Compiled":
     report = Report.load(folder / "report.json")
     recipe = Recipe.load(manifest.recipe)
     return Compiled(program, executable, machine, manifest.backend, recipe, folder, report)
-
-
-def backend_for(target: Target, name: str = "") -> Backend:
-    """The backend called `name`, or the target's own.
-
-    Raises:
-        BackendError: there is none for this kind of target.
-    """
-    chosen = name or target.backend
-    if not chosen:
-        raise BackendError(
-            f"No backend of this version compiles for {target.name}", fix="Compile for cpu, which runs everywhere"
-        )
-    backend = registry.backend(chosen)
-    if target.kind not in backend.kinds:
-        raise BackendError(
-            f"Backend {chosen} compiles for {', '.join(backend.kinds)}, and {target.name} is {target.kind}"
-        )
-    return backend
 
 
 @dataclass

@@ -19,6 +19,7 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphwright import clean, shapes
+from graphwright.backend import Backend, backends_for, choose
 from graphwright.capture import finish
 from graphwright.contract import Contract, Dim, InputSpec
 from graphwright.errors import BackendError, RecipeError, nearest
@@ -26,7 +27,6 @@ from graphwright.manager import PassManager, plan_passes
 from graphwright.pass_ import Context
 from graphwright.program import Metadata, Program
 from graphwright.recipe import Recipe
-from graphwright.registry import backend as find_backend
 from graphwright.serialize import set_attribute
 from graphwright.target import Target
 
@@ -43,6 +43,7 @@ class Options(BaseModel):
 
     recipe: Any = "none"
     target: str = "cpu"
+    backend: str = ""
     verify: bool = True
 
 
@@ -58,7 +59,7 @@ def graphwright_backend(
     chosen = _options(options or {})
     recipe = _keeping_contract(Recipe.load(chosen.recipe))
     target = Target.parse(chosen.target)
-    return _Region(module, recipe, target, chosen.verify)
+    return _Region(module, recipe, target, backends_for(target, chosen.backend), chosen.verify)
 
 
 def _options(given: Mapping[str, Any]) -> Options:
@@ -80,10 +81,13 @@ def _keeping_contract(recipe: Recipe) -> Recipe:
 class _Region:
     """One dynamo graph: compiled once per set of the Python numbers that dynamo hands over as scalar tensors."""
 
-    def __init__(self, module: fx.GraphModule, recipe: Recipe, target: Target, verify: bool) -> None:
+    def __init__(
+        self, module: fx.GraphModule, recipe: Recipe, target: Target, backends: Sequence[Backend], verify: bool
+    ) -> None:
         self.module = module
         self.recipe = recipe
         self.target = target
+        self.backends = backends
         self.verify = verify
         self.placeholders = module.graph.find_nodes(op="placeholder")
         self.scalars = [i for i, node in enumerate(self.placeholders) if _is_number(node)]
@@ -113,7 +117,8 @@ class _Region:
         context = Context(self.target)
         manager = PassManager(context, self.recipe.budget, verify=self.verify and not _writes_inputs(flat))
         rewritten = manager.run(program, plan_passes(self.recipe, program))
-        run = find_backend(self.target.backend or "inductor").jit(rewritten)
+        lowering, _ = choose(rewritten, self.target, self.backends)
+        run = lowering.jit(rewritten)
         names = {str(node.target) for node in clean.written(rewritten.module) if node.op == "placeholder"}
         return _Densely(run, kept, [str(self.placeholders[i].target) in names for i in kept])
 

@@ -66,11 +66,17 @@ def backend(name: str) -> "Backend":
     """The backend called `name`.
 
     Raises:
-        BackendError: there is none; the nearest name is given.
+        BackendError: there is none, and the nearest name is given; or a package that it needs is not installed.
     """
     if name not in backend_names():
         raise BackendError(f"Unknown backend {name!r}", fix=nearest(name, backend_names()))
-    module: Any = importlib.import_module(f"{BACKENDS}.{name}")
+    try:
+        module: Any = importlib.import_module(f"{BACKENDS}.{name}")
+    except ModuleNotFoundError as error:
+        raise BackendError(
+            f"Backend {name} needs the package {error.name}, which is not installed",
+            fix=f"pip install 'graphwright[{name}]'",
+        ) from error
     made: Backend = module.BACKEND
     return made
 

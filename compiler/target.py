@@ -29,7 +29,8 @@ class Target:
         memory_bytes: device memory.
         bandwidth: bytes per second from device memory.
         flops: peak operations per second by dtype name.
-        backend: the backend that lowers for it unless the user names another.
+        backends: the backends that lower for it unless the user names one: the first that lowers a whole program
+            itself, else the last.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Target:
     memory_bytes: int = 0
     bandwidth: float = 0.0
     flops: dict[str, float] = field(default_factory=dict)
-    backend: str = ""
+    backends: tuple[str, ...] = ()
 
     @staticmethod
     def parse(text: str) -> "Target":
@@ -123,7 +124,7 @@ def host() -> Target:
         memory_bytes=psutil.virtual_memory().total,
         bandwidth=BANDWIDTH_PER_CORE * min(cores, 8),
         flops={"float32": fp32, "bfloat16": fp32, "int8": int8},
-        backend="inductor",
+        backends=("tvm", "inductor"),
     )
 
 

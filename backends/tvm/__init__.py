@@ -10,8 +10,10 @@ Stages of `compile`, in order:
 It serves programs whose linear layers multiply codes with codes (recipes `int4-dynamic`, `int8-dynamic`).
 """
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -22,7 +24,7 @@ from graphwright.backends.tvm.layout import tile_weights
 from graphwright.backends.tvm.support import support
 from graphwright.contract import Contract
 from graphwright.program import Program
-from graphwright.target import Target
+from graphwright.target import Target, host
 
 LIBRARY = "program.so"
 
@@ -54,6 +56,14 @@ class TvmBackend:
         """The executable from the compiled library."""
         names = ("decode", "general") if contract.state else ("general",)
         return TvmExecutable(directory / LIBRARY, names, contract, weights)
+
+    def jit(self, program: Program) -> Callable[[Sequence[Any]], Any]:
+        """A callable over the contract's inputs in order, compiled in this process."""
+        workspace = tempfile.TemporaryDirectory(prefix="graphwright-tvm-")
+        prepared = tile_weights(program)
+        run = self.compile(prepared, host(), Path(workspace.name), lambda _text, _fraction: None)
+        names = program.contract.names
+        return lambda arguments: run(dict(zip(names, arguments, strict=True)))
 
 
 BACKEND = TvmBackend()

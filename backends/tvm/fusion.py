@@ -91,7 +91,7 @@ def _is_residual(node: fx.Node, user: fx.Node) -> bool:
     values = [a.meta.get("val") if isinstance(a, fx.Node) else None for a in user.args]
     if not all(isinstance(v, torch.Tensor) and v.dtype == torch.float32 for v in values):
         return False
-    return bool(values[0].shape == values[1].shape)  # type: ignore[union-attr]
+    return bool(values[0].shape == values[1].shape)
 
 
 def _gated_user(node: fx.Node, users: list[fx.Node]) -> fx.Node | None:
@@ -102,7 +102,7 @@ def _gated_user(node: fx.Node, users: list[fx.Node]) -> fx.Node | None:
         return None
     if any(user.target is not aten.slice.Tensor for user in users):
         return None
-    users.sort(key=lambda user: user.args[2])  # type: ignore[arg-type, return-value]
+    users.sort(key=lambda user: int(user.args[2]))
     for user, start in zip(users, (0, half), strict=True):
         if user.args[1] not in (-1, node.meta["val"].dim() - 1) or user.args[2] != start:
             return None

@@ -46,7 +46,7 @@ def tiled_linear(
     packed = tiles.untile_codes(weight, format, group_size, out_features)
     zero = None if zero_point is None else tiles.untile_zero_points(zero_point, format, out_features)
     scales = tiles.untile_groups(scale, out_features)
-    return ops.quantized_linear.reference(x, packed, scales, zero, bias, format, group_size)  # type: ignore[no-any-return]
+    return ops.quantized_linear.reference(x, packed, scales, zero, bias, format, group_size)
 
 
 @tiled_linear.fake
@@ -94,7 +94,7 @@ def tiled_embedding(
     zero = None if zero_point is None else tiles.untile_zero_points(zero_point, format, rows)
     scales = tiles.untile_groups(scale, rows)
     arguments = (indices, packed, scales, zero, format, group_size, embedding_dim, dtype)
-    return ops.quantized_embedding.reference(*arguments)  # type: ignore[no-any-return]
+    return ops.quantized_embedding.reference(*arguments)
 
 
 @tiled_embedding.fake
@@ -147,10 +147,10 @@ def tile_weights(program: Program) -> Program:
         for node in list(program.calls(ops.quantized_linear.target, ops.quantized_embedding.target)):
             linear = node.target is ops.quantized_linear.target
             format, group_size = node.args[5:7] if linear else node.args[4:6]
-            if not fits(str(format), int(group_size)):  # type: ignore[call-overload]
+            if not fits(str(format), int(group_size)):
                 continue
-            outputs = node.args[1].meta["val"].shape[0]  # type: ignore[union-attr]
-            parts = _tiled_nodes(editor, node, str(format), int(group_size), made)  # type: ignore[call-overload]
+            outputs = node.args[1].meta["val"].shape[0]
+            parts = _tiled_nodes(editor, node, str(format), int(group_size), made)
             if linear:
                 new = editor.call(tiled_linear, node.args[0], *parts, *node.args[4:], outputs, before=node)
             else:

@@ -9,6 +9,7 @@ from torch import fx
 from tvm import relax, tirx
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
+from graphwright.backends.tvm.values import arguments
 from graphwright.errors import BackendError
 from graphwright.rewrite import describe
 
@@ -64,14 +65,15 @@ class Leftovers:
         return self._extreme(node, relax.op.max)
 
     def _extreme(self, node: fx.Node, operator: Callable[..., relax.Expr]) -> relax.Expr:
-        x, dims, keep = (*node.args, *((), False)[len(node.args) - 1 :])
-        axes = [int(dim) for dim in dims] or None  # type: ignore[union-attr, arg-type]
-        return self._importer.block_builder.emit(operator(self._importer.env[x], axis=axes, keepdims=bool(keep)))
+        given = arguments(node)
+        axes = [int(dim) for dim in given["dim"]] or None
+        made = operator(self._importer.env[given["self"]], axis=axes, keepdims=bool(given["keepdim"]))
+        return self._importer.block_builder.emit(made)
 
     def _index(self, node: fx.Node) -> relax.Expr:
         """Rows along one dimension; TVM's own converter takes no index from the end."""
         source, indices = node.args
-        given = [(dim, index) for dim, index in enumerate(indices) if index is not None]  # type: ignore[arg-type]
+        given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
         if len(given) != 1 or given[0][1].meta["val"].dtype == torch.bool:
             raise NotImplementedError("indexing by several tensors, or by a mask")
         dim, index = given[0]

@@ -1,4 +1,4 @@
-"""From a program to one Relax function: kernels for semantic ops, views for what moves no data, converters for the rest.
+"""From a program to one Relax function: kernels for semantic ops, views for what only moves, converters for the rest.
 
 The function takes the contract's inputs and state in order, and one tuple with all weights. State is updated in place
 by the kernels that write it.
@@ -18,6 +18,7 @@ from graphwright.backends.tvm.leftovers import Leftovers
 from graphwright.backends.tvm.values import (
     Sizes,
     View,
+    arguments,
     expand,
     insert,
     narrow,
@@ -96,7 +97,7 @@ class Translator:
                 if node.op == "call_function" and node not in self.fusion.inside:
                     self._call(node)
             outputs = self.program.graph.output_node().args[0]
-            results = [self.dense(node) for node in outputs]  # type: ignore[union-attr]
+            results = [self.dense(node) for node in outputs]
             self.builder.emit_func_output(relax.Tuple(results))
 
     def _parameter(self, node: fx.Node) -> relax.Var:
@@ -234,39 +235,38 @@ class Translator:
         return self.codes[key]
 
     def _norm(self, node: fx.Node) -> tuple[Norm, list[relax.Expr]]:
+        given = arguments(node)
+        weight, bias = given["weight"], given.get("bias")
         if node.target is ops.rms_norm.target:
-            _, weight, eps, *rest = node.args
-            gains = [weight] if isinstance(weight, fx.Node) else []
-            norm = Norm("rms", float(eps), bool(gains), unit_offset=bool(rest and rest[0]))  # type: ignore[arg-type]
+            norm = Norm("rms", given["eps"], weight is not None, unit_offset=given["unit_offset"])
+        elif len(given["normalized_shape"]) == 1:
+            norm = Norm("layer", given["eps"], weight is not None, bias is not None)
         else:
-            _, shape, weight, bias, eps = (*node.args[:5], *(None, None, 1e-5)[len(node.args[:5]) - 2 :])
-            if len(shape) != 1:  # type: ignore[arg-type]
-                raise BackendError("The TVM backend normalises the last dimension only", where=describe(node))
-            gains = [part for part in (weight, bias) if isinstance(part, fx.Node)]
-            norm = Norm("layer", float(eps), weight is not None, bias is not None)  # type: ignore[arg-type]
+            raise BackendError("The TVM backend normalises the last dimension only", where=describe(node))
+        gains = [part for part in (weight, bias) if part is not None]
         return norm, [self.view(gain, "float32").variable for gain in gains]
 
     def _linear(self, node: fx.Node, finish: fx.Node | None = None) -> View:
         """A linear layer over codes, up to the node that its epilogue computes."""
         source, weight, scale, zero, bias, format, group_size, outputs = node.args
-        codes = self._codes(source, int(group_size))  # type: ignore[call-overload]
+        codes = self._codes(source, int(group_size))
         gated = finish is not None and finish.target is ops.gated_activation.target
         residual = None
         if finish is not None and not gated:
             residual = next(a for a in finish.args if a is not node)
         layer = QuantizedLinear(
-            outputs=int(outputs),  # type: ignore[call-overload]
-            inputs=source.meta["val"].shape[-1],  # type: ignore[union-attr]
-            group_size=int(group_size),  # type: ignore[call-overload]
+            outputs=int(outputs),
+            inputs=source.meta["val"].shape[-1],
+            group_size=int(group_size),
             format=str(format),
             asymmetric=zero is not None,
-            scale_dtype=dtype_of(scale.meta["val"]),  # type: ignore[union-attr]
+            scale_dtype=dtype_of(scale.meta["val"]),
             bias=bias is not None,
             residual=residual is not None,
             activation=str(finish.args[2]) if gated and finish is not None else "",
         )
         shape = (*shape_of(node.meta["val"], self.fixed)[:-1], layer.width)
-        inputs = [codes, self.weight(weight), self.weight(scale)]  # type: ignore[arg-type]
+        inputs = [codes, self.weight(weight), self.weight(scale)]
         inputs += [self.view(part).variable for part in (zero, bias) if part is not None]
         if residual is not None:
             inputs.append(self.dense(residual))
@@ -288,22 +288,22 @@ def dtype_of(tensor: torch.Tensor) -> str:
 def _transpose(t: Translator, node: fx.Node) -> View:
     source = t.view(node.args[0])
     order = list(range(len(source.layout.shape)))
-    first, second = (int(d) % len(order) for d in node.args[1:])  # type: ignore[call-overload]
+    first, second = (int(d) % len(order) for d in node.args[1:])
     order[first], order[second] = order[second], order[first]
     return View(source.variable, transpose(source.layout, order), source.dtype)
 
 
 def _permute(t: Translator, node: fx.Node) -> View:
     source = t.view(node.args[0])
-    order = [int(d) % len(source.layout.shape) for d in node.args[1]]  # type: ignore[union-attr]
+    order = [int(d) % len(source.layout.shape) for d in node.args[1]]
     return View(source.variable, transpose(source.layout, order), source.dtype)
 
 
 def _slice(t: Translator, node: fx.Node) -> View | None:
-    source, dim, start, _, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
-    view = t.view(source)
-    at = int(dim) % len(view.layout.shape)  # type: ignore[call-overload]
-    if step != 1 or not isinstance(start, (int, type(None))) or (start or 0) < 0:
+    given = arguments(node)
+    view, start = t.view(given["self"]), given["start"]
+    at = given["dim"] % len(view.layout.shape)
+    if given["step"] != 1 or not isinstance(start, (int, type(None))) or (start or 0) < 0:
         return None
     length = shape_of(node.meta["val"], t.fixed)[at]
     return View(view.variable, narrow(view.layout, at, start or 0, length), view.dtype)
@@ -317,7 +317,7 @@ def _reshape(t: Translator, node: fx.Node) -> View | None:
 
 def _unsqueeze(t: Translator, node: fx.Node) -> View:
     source = t.view(node.args[0])
-    dim = int(node.args[1]) % (len(source.layout.shape) + 1)  # type: ignore[call-overload]
+    dim = int(node.args[1]) % (len(source.layout.shape) + 1)
     return View(source.variable, insert(source.layout, dim), source.dtype)
 
 
@@ -330,7 +330,7 @@ def _expand(t: Translator, node: fx.Node) -> View | None:
 def _index(t: Translator, node: fx.Node) -> View | None:
     """Indexing by one constant of one element, as in x[:, [-1]]."""
     source, indices = node.args
-    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]  # type: ignore[arg-type, union-attr]
+    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
     if len(given) != 1 or given[0][1].op != "get_attr" or given[0][1].meta["val"].shape != (1,):
         return None
     dim, view = given[0][0], t.view(source)
@@ -389,19 +389,19 @@ def _gated(t: Translator, node: fx.Node) -> View:
 def _embedding(t: Translator, node: fx.Node) -> View:
     indices, weight, scale, zero, format, group_size, width, _ = node.args
     index = t.view(indices, "int64")
-    rows = scale.meta["val"].shape[0] * 16  # type: ignore[union-attr]
+    rows = scale.meta["val"].shape[0] * 16
     table = QuantizedLinear(
         rows,
         int(width),
         int(group_size),
         str(format),
         zero is not None,
-        dtype_of(scale.meta["val"]),  # type: ignore[call-overload, union-attr]
+        dtype_of(scale.meta["val"]),
     )
     inputs = [index.variable, *(t.weight(part) for part in (weight, scale, zero) if isinstance(part, fx.Node))]
     shape = shape_of(node.meta["val"], t.fixed)
     made = t.kernel(
-        lambda s: quantized_embedding(table, s.layout(index.layout), int(width)),  # type: ignore[call-overload]
+        lambda s: quantized_embedding(table, s.layout(index.layout), int(width)),
         inputs,
         [(shape, "float32")],
     )
@@ -410,19 +410,20 @@ def _embedding(t: Translator, node: fx.Node) -> View:
 
 def _table(t: Translator, rope: fx.Node) -> tuple[rope_kernels.Rotation, Layout, list[relax.Expr]]:
     """What turns a tensor: the rotation, where positions lie in the table, and the table, which layers share."""
-    _, positions, inv_freq, scaling, interleaved = (*rope.args, *(1.0, False)[len(rope.args) - 3 :])
-    half = inv_freq.meta["val"].shape[0]  # type: ignore[union-attr]
+    given = arguments(rope)
+    positions, inv_freq, scaling = given["positions"], given["inv_freq"], given["scaling"]
+    half = inv_freq.meta["val"].shape[0]
     at = t.view(positions, "int64")
-    key = (positions, str(inv_freq.target), scaling)  # type: ignore[union-attr]
+    key = (positions, str(inv_freq.target), scaling)
     if key not in t.tables:
         shape = ((*at.layout.shape, half), "float32")
         cos, sin = t.kernel(
-            lambda s: rope_kernels.table(s.layout(at.layout), half, float(scaling)),  # type: ignore[arg-type]
+            lambda s: rope_kernels.table(s.layout(at.layout), half, scaling),
             [at.variable, t.view(inv_freq, "float32").variable],
             [shape, shape],
         )
         t.tables[key] = (cos, sin)
-    return rope_kernels.Rotation(half, bool(interleaved)), Layout.contiguous(at.layout.shape), list(t.tables[key])
+    return rope_kernels.Rotation(half, given["interleaved"]), Layout.contiguous(at.layout.shape), list(t.tables[key])
 
 
 def _rope(t: Translator, node: fx.Node) -> View:
@@ -462,15 +463,14 @@ ATTENTION_OPTIONS = ("scale", "causal", "window", "chunk", "prefix", "softcap")
 
 
 def _attention(t: Translator, node: fx.Node) -> View:
-    names = [argument.name for argument in ops.attention.target._schema.arguments]
-    values = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    if values.get("bias") is not None:
+    values = arguments(node)
+    if values["bias"] is not None:
         raise BackendError("The TVM attention kernels take no bias", where=describe(node), fix="Use backend='inductor'")
     query, key, value = (t.rows(values[name]) for name in ("query", "key", "value"))
-    places = [t.view(values[n], "int64") if values.get(n) else None for n in ("query_positions", "key_positions")]
+    places = [t.view(values[n], "int64") if values[n] else None for n in ("query_positions", "key_positions")]
     batch, heads, length, head_dim = query.layout.shape
     kv_heads, value_dim = key.layout.shape[1], value.layout.shape[3]
-    slopes, sinks = values.get("alibi_slopes"), values.get("sinks")
+    slopes, sinks = values["alibi_slopes"], values["sinks"]
     described = attention_kernels.Attention(
         heads,
         kv_heads,
@@ -478,7 +478,7 @@ def _attention(t: Translator, node: fx.Node) -> View:
         value_dim,
         alibi=slopes is not None,
         sinks=sinks is not None,
-        **{name: values[name] for name in ATTENTION_OPTIONS if name in values},
+        **{name: values[name] for name in ATTENTION_OPTIONS},
     )
 
     def operands(s: Sizes) -> attention_kernels.Operands:

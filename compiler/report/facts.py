@@ -132,7 +132,7 @@ def coverage_counts(report: Report) -> tuple[int, int]:
 
 def leftovers(report: Report) -> list[tuple[str, str]]:
     """(what, why) of everything that was not rewritten, not quantized or not lowered."""
-    left = []
+    left = [(f"backend {name} not used", why) for name, why in report.coverage.get("passed_over", {}).items()]
     for name, count in sorted(report.coverage.get("fallbacks", {}).items(), key=lambda item: -item[1]):
         reason = report.coverage.get("reasons", {}).get(name, "") or "the backend gives no reason"
         left.append((f"{count} {TIMES} {name} not lowered", reason))

@@ -64,7 +64,7 @@ def rotate(rotation: Rotation, x: Layout, positions: Layout) -> tirx.PrimFunc:
 def update_cache(
     rotation: Rotation, x: Layout, cache: Layout, slots: Layout, positions: Layout | None, dtype: str
 ) -> tirx.PrimFunc:
-    """cache[b, h, slots[b, s]] = x[b, h, s], rotated, for slots that are not negative; the cache is the last argument."""
+    """cache[b, h, slots[b, s]] = x[b, h, s], rotated, for slots that are not negative; the cache comes last."""
     batch, heads, length, head_dim = x.shape
     with kernel("kv_cache_update") as k:
         source = k.read("x", x.base, "float32")

@@ -2,66 +2,57 @@
 
 import pytest
 import torch
-from kernels.tir.running import dense, nowhere, run, size
+from kernels.tir.running import code_rows, dense, nowhere, run, size, split_rows
 from torch.nn import functional
 
 from graphwright import packing
 from graphwright.kernels.tir import rope as rope_kernels
 from graphwright.kernels.tir import tiles
 from graphwright.kernels.tir.emit import Layout
+from graphwright.kernels.tir.gated_activation import gated_activation as gated_kernel
 from graphwright.kernels.tir.normalize import Norm, normalize
+from graphwright.kernels.tir.quantize import CodeRow
 from graphwright.kernels.tir.quantize import quantize as quantize_kernel
 from graphwright.kernels.tir.quantized_embedding import quantized_embedding as embedding_kernel
 from graphwright.kernels.tir.quantized_linear import QuantizedLinear
 from graphwright.numerics import relative_error
-from graphwright.ops import kv_cache_update, quantize_dequantize, quantized_embedding, rms_norm, rope
+from graphwright.ops import gated_activation, kv_cache_update, quantized_embedding, rms_norm, rope
 from graphwright.passes.quantize.rtn import quantize
 
 B, S = size("batch"), size("sequence")
-
-
-def restored(codes: torch.Tensor, step: torch.Tensor, width: int) -> torch.Tensor:
-    return codes[..., :width].float() * step
 
 
 @pytest.mark.parametrize(("width", "group"), [(96, 32), (80, 80), (100, 8), (576, 64), (30, 16)])
 def test_quantize(width, group):
     x = torch.randn(2, 3, width)
     x[0, 1] = 0
-    groups = -(-width // group)
-    codes, sums, step = (
-        torch.full((2, 3, groups * group), 9, dtype=torch.int8),
-        torch.empty(2, 3, groups, dtype=torch.int32),
-        nowhere(2, 3, 1),
-    )
-    run(quantize_kernel(dense(B, S, width), group), x, codes, sums, step)
-    assert torch.equal(restored(codes, step, width), quantize_dequantize(x, None, "int8", 0))
-    assert not codes[..., width:].any()
-    assert torch.equal(sums, codes.unflatten(-1, (groups, group)).sum(-1, dtype=torch.int32))
+    rows = torch.full((2, 3, CodeRow(width, group).bytes), 9, dtype=torch.int8)
+    run(quantize_kernel(dense(B, S, width), group), x, rows)
+    for found, expected in zip(
+        split_rows(rows, width, group), split_rows(code_rows(x, group), width, group), strict=True
+    ):
+        assert torch.equal(found, expected)
 
 
 def test_quantize_reads_strided_rows():
     x = torch.randn(2, 3, 128)
-    codes, sums, step = (
-        torch.empty(2, 3, 64, dtype=torch.int8),
-        torch.empty(2, 3, 2, dtype=torch.int32),
-        nowhere(2, 3, 1),
-    )
+    rows = torch.empty(2, 3, CodeRow(64, 32).bytes, dtype=torch.int8)
     layout = Layout((B, S, 128), (B, S, 64), (S * 128, 128, 1), 32)
-    run(quantize_kernel(layout, 32), x, codes, sums, step)
-    assert torch.equal(restored(codes, step, 64), quantize_dequantize(x[..., 32:96], None, "int8", 0))
+    run(quantize_kernel(layout, 32), x, rows)
+    expected = code_rows(x[..., 32:96].contiguous(), 32)
+    assert torch.equal(split_rows(rows, 64, 32)[0], split_rows(expected, 64, 32)[0])
+
+
+NORMS = [
+    Norm("rms", 1e-6),
+    Norm("rms", 1e-5, unit_offset=True),
+    Norm("rms", 1e-6, weight=False),
+    Norm("layer", 1e-5, bias=True),
+]
 
 
 @pytest.mark.parametrize("width", [96, 80, 36, 7])
-@pytest.mark.parametrize(
-    "norm",
-    [
-        Norm("rms", 1e-6),
-        Norm("rms", 1e-5, unit_offset=True),
-        Norm("rms", 1e-6, weight=False),
-        Norm("layer", 1e-5, bias=True),
-    ],
-)
+@pytest.mark.parametrize("norm", NORMS, ids=str)
 def test_normalize(norm, width):
     x, weight, bias = torch.randn(2, 3, width) + 0.5, torch.randn(width), torch.randn(width)
     if norm.kind == "rms":
@@ -72,17 +63,21 @@ def test_normalize(norm, width):
     out = nowhere(2, 3, width)
     run(normalize(norm, dense(B, S, width)), *given, out)
     assert relative_error(out, expected) < 5e-6
-    group = 8
-    groups = -(-width // group)
-    codes, sums, step = (
-        torch.empty(2, 3, groups * group, dtype=torch.int8),
-        torch.empty(2, 3, groups, dtype=torch.int32),
-        nowhere(2, 3, 1),
-    )
-    run(normalize(norm, dense(B, S, width), group), *given, codes, sums, step)
+    rows = torch.empty(2, 3, CodeRow(width, 8).bytes, dtype=torch.int8)
+    run(normalize(norm, dense(B, S, width), 8), *given, rows)
+    codes, sums, step = split_rows(rows, width, 8)
     # A code may differ by one where the norm's last bit decides how it is rounded.
-    assert ((restored(codes, step, width) - expected).abs() <= step * 0.5001).all()
-    assert torch.equal(sums, codes.unflatten(-1, (groups, group)).sum(-1, dtype=torch.int32))
+    assert ((codes[..., :width] * step - expected).abs() <= step * 0.5001).all()
+    assert torch.equal(sums, codes.unflatten(-1, (-1, 8)).sum(-1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+def test_gated_activation(activation):
+    x = torch.randn(2, 3, 72) * 3
+    halves = [Layout((B, S, 72), (B, S, 36), (S * 72, 72, 1), start) for start in (0, 36)]
+    out = nowhere(2, 3, 36)
+    run(gated_kernel(activation, *halves), x, x, out)
+    assert relative_error(out, gated_activation(*x.chunk(2, -1), activation)) < 5e-6
 
 
 @pytest.mark.parametrize(("heads", "head_dim", "half"), [(3, 64, 32), (2, 80, 40), (1, 96, 12), (2, 8, 1)])
@@ -126,7 +121,7 @@ def test_embedding(format, group, asymmetric):
     codes, scale, zero = quantize(torch.randn(37, 40), format, group, not asymmetric, torch.float16)
     packed = packing.pack(codes, format, group)
     indices = torch.randint(0, 37, (2, 5))
-    table = QuantizedLinear(37, scale.shape[1], group, format, asymmetric, "float16")
+    table = QuantizedLinear(37, 40, group, format, asymmetric, "float16")
     given = [indices, tiles.tile_codes(packed, format, group), tiles.tile_groups(scale)]
     if zero is not None:
         given.append(tiles.tile_zero_points(zero, format))
