@@ -20,12 +20,12 @@ from torch import Tensor, fx
 
 from graphwright.contract import Dim, InputSpec, StateSpec
 from graphwright.errors import PassError
-from graphwright.evaluate import evaluate, index_domain
 from graphwright.feeding import token_inputs
 from graphwright.match import argument
 from graphwright.numerics import relative_error
-from graphwright.ops import attention, kv_cache_update, quantized_embedding, rope
+from graphwright.ops import attention, kv_cache_update
 from graphwright.pass_ import Context, Paper, Pass, PassResult
+from graphwright.passes.kv_cache._causal import position_nodes, require_causal
 from graphwright.program import Program
 from graphwright.rewrite import Editor, describe, extend_contract
 
@@ -52,8 +52,8 @@ class StaticCache(Pass):
             PassError: the program is not a causal language model, or an attention's mask cannot follow a cache.
         """
         layers = list(program.calls(attention.target))
-        _require_causal(program, layers)
-        positions = _position_nodes(program)
+        require_causal(program, layers)
+        positions = position_nodes(program)
         state = [spec for index, node in enumerate(layers) for spec in _cache_specs(program, index, node)]
         longest = program.metadata.context_length
         inputs = extend_contract(
@@ -188,27 +188,6 @@ class _Insertion:
         return self._rings[window]
 
 
-def _require_causal(program: Program, layers: list[fx.Node]) -> None:
-    names = {spec.name for spec in program.contract.inputs}
-    if not layers or "input_ids" not in names or names - {"input_ids", "attention_mask"}:
-        raise PassError(
-            f"{program.metadata.name} is not a causal language model of input_ids and attention_mask, so it has no "
-            "key-value cache",
-            fix="Use a recipe without static_cache",
-        )
-    for node in layers:
-        if not argument(node, "causal"):
-            raise PassError(
-                "An attention is not causal, so earlier outputs depend on later tokens", where=describe(node)
-            )
-        bias = argument(node, "bias")
-        if bias is not None:
-            raise PassError(
-                "An attention adds a bias whose meaning is not known, so it cannot be extended over a cache",
-                where=describe(bias),
-            )
-
-
 def _ring_size(program: Program, node: fx.Node) -> int:
     """The window of an attention if it is shorter than the context, else 0."""
     window: int = argument(node, "window")
@@ -224,35 +203,3 @@ def _cache_specs(program: Program, index: int, node: fx.Node) -> list[StateSpec]
         shape = ("batch", int(value.shape[1]), slots, int(value.shape[3]))
         specs.append(StateSpec(f"{name}_{index}", value.dtype, shape))
     return specs
-
-
-def _position_nodes(program: Program) -> list[tuple[fx.Node, int]]:
-    """Integer expressions of sizes and mask that rope or an embedding reads, each with its offset from positions.
-
-    Raises:
-        PassError: one of them is not `position + constant`.
-    """
-    domain = index_domain(program)
-    wanted: dict[fx.Node, fx.Node] = {}
-    for node in program.calls(rope.target, aten.embedding.default, quantized_embedding.target):
-        source = node.args[0] if node.target is quantized_embedding.target else node.args[1]
-        if isinstance(source, fx.Node) and source in domain:
-            wanted[source] = node
-    return [(node, _offset(program, node, user)) for node, user in wanted.items()]
-
-
-def _offset(program: Program, node: fx.Node, user: fx.Node) -> int:
-    length = 6
-    left = torch.tensor([[1] * length, [0, 0, *[1] * (length - 2)]])
-    (full,) = evaluate(program, [node], batch=2, sequence=length, attention_mask=torch.ones_like(left))
-    (padded,) = evaluate(program, [node], batch=2, sequence=length, attention_mask=left)
-    steps = torch.arange(length)
-    offset = int(full.flatten()[0])
-    counted = (left.cumsum(1) - 1) + offset
-    by_index = torch.equal(padded.expand(2, -1), (steps + offset).expand(2, -1))
-    by_count = padded.shape[0] == 2 and torch.equal(padded[left.bool()], counted[left.bool()])
-    if not torch.equal(full.expand(2, -1), (steps + offset).expand(2, -1)) or not (by_index or by_count):
-        raise PassError(
-            "Positions are not 0, 1, 2 … plus a constant, so they cannot follow a cache", where=describe(user)
-        )
-    return offset
