@@ -50,8 +50,8 @@ def test_norms_with_residual_and_rounding(width, dtype):
             close(out, functional.layer_norm(total.float(), (width,), weight.float(), bias.float()).to(dtype))
         codes, scale = norm.rms_norm_quantize(run, x, weight, 1e-6)
         expected, step = norm.rms_norm_quantize_reference(x, weight, 1e-6)
-        # The norm may differ in its last bit, and then a code by one.
-        assert (codes.int() - expected.int()).abs().max() <= 1
+        # The norm may differ in its last bit and the scale with it, and then a code by one, of bfloat16 by two.
+        assert (codes.int() - expected.int()).abs().max() <= (2 if dtype == torch.bfloat16 else 1)
         assert relative_error(scale, step) < TOLERANCE[dtype]
 
 
