@@ -46,7 +46,7 @@ def attend(
     keys, k_t, v_t, bias_s, bias_t, row, length, scale, softcap, window, chunk, prefix,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CHUNKED: tl.constexpr, PREFIXED: tl.constexpr,
-    CAPPED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over keys `start` … `end`; MASKED False asserts that every key of them is seen."""
     channel, value_channel = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
@@ -59,7 +59,7 @@ def attend(
             key_mask = key_mask & (item[None, :] < keys)
             value_mask = value_mask & (item[:, None] < keys)
         key = tl.load(key_ptr + here[None, :] * k_t + channel[:, None], mask=key_mask, other=0.0)
-        scores = tl.dot(query, key, input_precision=PRECISION)
+        scores = tl.dot(query, key, input_precision="ieee")
         if key_positions_ptr is not None:
             key_at = tl.load(key_positions_ptr + item, mask=item < keys, other=-1).to(tl.int32)
         else:
@@ -73,7 +73,7 @@ def attend(
             seen = visible(query_at, key_at, window, chunk, prefix, CAUSAL, WINDOWED, CHUNKED, PREFIXED)
             scores = tl.where(seen, scores, float("-inf"))
         value = tl.load(value_ptr + here[:, None] * v_t + value_channel[None, :], mask=value_mask, other=0.0)
-        total, largest, mixed = accumulate(scores, value, total, largest, mixed, PRECISION)
+        total, largest, mixed = accumulate(scores, value, total, largest, mixed)
     return total, largest, mixed
 
 
@@ -84,7 +84,7 @@ def flash_attention(
     query_positions_b, key_positions_b, scale, softcap, window, chunk, prefix,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CHUNKED: tl.constexpr,
-    PREFIXED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    PREFIXED: tl.constexpr, CAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head."""
@@ -151,7 +151,7 @@ def flash_attention(
             key_ptr, value_ptr, key_positions_ptr, bias_ptr,
             keys, k_t, v_t, bias_s, bias_t, row, length, scale, softcap, window, chunk, prefix,
             HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, CAUSAL, WINDOWED, CHUNKED, PREFIXED, CAPPED, False,
-            PRECISION, BLOCK_N,
+            BLOCK_N,
         )  # fmt: skip
         start = middle
     total, largest, mixed = attend(
@@ -159,7 +159,7 @@ def flash_attention(
         key_ptr, value_ptr, key_positions_ptr, bias_ptr,
         keys, k_t, v_t, bias_s, bias_t, row, length, scale, softcap, window, chunk, prefix,
         HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, CAUSAL, WINDOWED, CHUNKED, PREFIXED, CAPPED, True,
-        PRECISION, BLOCK_N,
+        BLOCK_N,
     )  # fmt: skip
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head).to(tl.float32) + tl.zeros([BLOCK_M], tl.float32)
@@ -176,7 +176,8 @@ def configs(device: Device, head_dim: int) -> tuple[Config, ...]:
     if device.target.kind == "rocm":
         tiles = [(128, 64, 4, 1), (128, 32, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1), (64, 32, 8, 1)]
     elif device.matrix_unit in ("wgmma", "tcgen05"):
-        tiles = [(128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)]
+        tiles = [(128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (128, 32, 8, 2)]
+        tiles += [(128, 16, 8, 2), (64, 16, 4, 2)]
     else:
         tiles = [(128, 64, 4, 2), (128, 64, 8, 2), (128, 32, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)]
     kept = [tile for tile in tiles if not wide or tile[1] <= 64]
@@ -230,7 +231,7 @@ def attention(
                 "HEAD_DIM": head_dim, "VALUE_DIM": value_dim, "GROUPS": heads // key.shape[1],
                 "BLOCK_D": max(16, next_power_of_2(head_dim)), "BLOCK_V": max(16, next_power_of_2(value_dim)),
                 "CAUSAL": causal, "WINDOWED": window > 0, "CHUNKED": chunk > 0, "PREFIXED": prefix > 0,
-                "CAPPED": softcap > 0, "PRECISION": precision(query.dtype),
+                "CAPPED": softcap > 0,
             },
             configs(run.device, max(head_dim, value_dim)),
             lambda c: (cdiv(length, c["BLOCK_M"]), batch * heads),
@@ -251,7 +252,8 @@ def _work(query: Tensor, keys: int, value_dim: int, causal: bool, config: Config
     rounded = math.ceil(seen / config["BLOCK_N"]) * config["BLOCK_N"]
     flops = 2 * config["BLOCK_M"] * rounded * (head_dim + value_dim)
     moved = (length + CACHED * rounded) * (head_dim + value_dim) * query.element_size()
-    return Work(flops, moved, str(query.dtype).removeprefix("torch."))
+    step = config["BLOCK_N"] * (head_dim + value_dim) * query.element_size()
+    return Work(flops, moved, str(query.dtype).removeprefix("torch."), step * max(1, config.num_stages - 1))
 
 
 def check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -267,11 +269,6 @@ def check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
     if query.shape[1] % key.shape[1]:
         raise BackendError(f"{query.shape[1]} heads are no multiple of {key.shape[1]} key-value heads")
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied; narrower ones are multiplied as they are."""
-    return "ieee" if dtype == torch.float32 else "tf32"
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

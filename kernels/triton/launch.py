@@ -63,11 +63,13 @@ class Work:
         flops: operations on `unit`.
         bytes: moved to and from device memory, re-reads by other blocks included.
         unit: dtype whose peak rate applies.
+        in_flight: bytes that are asked for before the first of them is needed; 0 for all of `bytes`.
     """
 
     flops: float
     bytes: float
     unit: str = "float32"
+    in_flight: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The time that a launch should take, from what its blocks do and what the device offers.
 
 A roofline per block with wave quantisation: blocks run in waves of as many as fit the device at once; a wave takes the
-longer of its arithmetic at the peak rate of the units it uses and its traffic at the share of the bandwidth they draw.
+longer of its arithmetic at the peak rate of the units it uses and its traffic at the bandwidth that its loads in
+flight can draw.
 It ranks configurations before they are compiled, from an estimate of their shared memory, and again afterwards,
 from the registers and shared memory that the compiler really used.
 """
@@ -16,8 +17,8 @@ BLOCKS_PER_UNIT = 32
 LATENCY = 2e-6
 """Seconds from launch to first result; what keeps a kernel of many tiny blocks from looking free."""
 
-UNITS_TO_SATURATE = 0.5
-"""Fraction of a device's units that must be loading to draw its full bandwidth."""
+MEMORY_LATENCY = 7e-7
+"""Seconds until a load from device memory arrives; what is in flight over it bounds the bandwidth (Little's law)."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def seconds(launch: Launch, config: Config, device: Device, usage: Usage | None 
     # Blocks of one wave spread over the units before they share one.
     units = min(busy, device.units)
     rate = device.target.flops.get(work.unit, device.target.flops["float32"]) * units / device.units
-    bandwidth = device.target.bandwidth * min(1.0, units / (device.units * UNITS_TO_SATURATE))
+    in_flight = busy * (min(work.in_flight, work.bytes) or work.bytes)
+    bandwidth = min(device.target.bandwidth, in_flight / MEMORY_LATENCY)
     return LATENCY + waves * max(work.flops * busy / rate, work.bytes * busy / bandwidth)
 
 

@@ -69,7 +69,7 @@ def in_powers_of_two(scores, scale, softcap, bias, slope, query_at, key_at, CAPP
 
 
 @triton.jit
-def accumulate(scores, values, total, largest, mixed, PRECISION: tl.constexpr):
+def accumulate(scores, values, total, largest, mixed):
     """One step of the online softmax over exponents of two [M, N] and values [N, V]."""
     peak = tl.maximum(largest, tl.max(scores, axis=1))
     # A row that has seen nothing stays at -inf, and -inf - -inf is no number.
@@ -78,7 +78,7 @@ def accumulate(scores, values, total, largest, mixed, PRECISION: tl.constexpr):
     shrink = tl.exp2(largest - origin)
     total = total * shrink + tl.sum(powers, axis=1)
     mixed = mixed * shrink[:, None]
-    mixed = tl.dot(powers.to(values.dtype), values, mixed, input_precision=PRECISION)
+    mixed = tl.dot(powers.to(values.dtype), values, mixed, input_precision="ieee")
     return total, peak, mixed
 
 
