@@ -77,7 +77,7 @@ def _gpu(
     }
     if fp8:
         rates["float8_e4m3fn"] = fp8 * 1e12
-    return Target(name, kind, arch, (), gigabytes << 30, terabytes_per_second * 1e12, rates)
+    return Target(name, kind, arch, (), gigabytes << 30, terabytes_per_second * 1e12, rates, "triton")
 
 
 GPUS = {

@@ -1,7 +1,7 @@
 """Attention of few queries over a long cache: the keys are split among blocks, and their results joined.
 
-Flash-Decoding: Dao et al. 2023 (https://crfm.stanford.edu/2023/10/12/flashdecoding.html); paged caches: Kwon et al. 2023,
-arXiv:2309.06180; keys quantized per channel and values per token: Liu et al. 2024, KIVI, arXiv:2402.02750. The
+Flash-Decoding: Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html; paged caches: Kwon et al.
+2023, arXiv:2309.06180; keys quantized per channel and values per token: Liu et al. 2024, KIVI, arXiv:2402.02750. The
 heads that share keys form the rows of one matrix product, so every key and value is read once.
 
 Caches may hold, in place of floating point, symmetric int8 or fp8 codes with a scale per token, or 4-bit codes with
@@ -124,10 +124,9 @@ def split_attention(
                 key -= tl.load(zero_at, mask=inside, other=0.0).to(tl.float32)[None, :]
             key = key.to(query.dtype)
         scores = tl.dot(query, key, input_precision="ieee")
-        if key_scale_ptr is not None:
-            if KEY_GROUP == 0:
-                scale_at = key_scale_ptr + batch * scale_b + kv_head * scale_h + item
-                scores *= tl.load(scale_at, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if key_scale_ptr is not None and KEY_GROUP == 0:
+            scale_at = key_scale_ptr + batch * scale_b + kv_head * scale_h + item
+            scores *= tl.load(scale_at, mask=inside, other=0.0).to(tl.float32)[None, :]
         if key_positions_ptr is not None:
             position_at = key_positions_ptr + batch * key_positions_b + item
             key_at = tl.load(position_at, mask=inside, other=-1).to(tl.int32)
@@ -406,13 +405,19 @@ def _codes(name: str, cache: Tensor | Codes) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _shape(run: Runner, dtype: torch.dtype, keys: int, **more: Any) -> Tensor:
+def _shape(
+    run: Runner,
+    dtype: torch.dtype,
+    keys: int,
+    cache: tuple[Codes, Codes] | None = None,
+    pages: Pages | None = None,
+) -> Tensor:
     query = meta(dtype, 1, 32, 1, 128)
-    cache = more.pop("cache", meta(dtype, 1, 8, keys, 128))
-    at = None if "pages" in more else meta(torch.int64, 1, 1)
-    key_at = None if "pages" in more else meta(torch.int64, 1, keys)
-    return attention(run, query, *(cache if isinstance(cache, tuple) else (cache, cache)), at, key_at,
-                     None, None, None, 0.1, True, **more)  # fmt: skip
+    plain = meta(dtype, 1, 8, keys, 128) if pages is None else meta(dtype, 512, 8, keys, 128)
+    key, value = cache or (plain, plain)
+    query_at = meta(torch.int64, 1, 1) if pages is None else None
+    key_at = meta(torch.int64, 1, keys) if pages is None else None
+    return attention(run, query, key, value, query_at, key_at, None, None, None, 0.1, True, pages=pages)
 
 
 def _coded(keys: int, bits: int, group: int = 0, zero: bool = False, storage: torch.dtype | None = None) -> Codes:
@@ -427,7 +432,7 @@ SHAPES: Mapping[str, Callable[[Runner, torch.dtype], Any]] = {
     "few splits": lambda run, dtype: _shape(run, dtype, 4096),
     "many splits": lambda run, dtype: _shape(run, dtype, 32768),
     "paged": lambda run, dtype: _shape(
-        run, dtype, 16, cache=meta(dtype, 512, 8, 16, 128),
+        run, dtype, 16,
         pages=Pages(meta(torch.int32, 1, 256), meta(torch.int32, 1)),
     ),
     "int8 cache": lambda run, dtype: _shape(run, dtype, 4096, cache=(_coded(4096, 8), _coded(4096, 8))),

@@ -25,6 +25,7 @@ from graphwright.kernels.triton.launch import (
     next_power_of_2,
     strides,
 )
+from graphwright.kernels.triton.rounding import sine_and_cosine
 
 
 @triton.jit
@@ -60,8 +61,9 @@ def rotate_and_store(
         x = tl.load(source[:, None] + first[None, :], mask=inside, other=0.0)
         y = tl.load(source[:, None] + second[None, :], mask=inside, other=0.0)
         # The reference rounds the table to the dtype of the activations.
-        cosine = (tl.cos(angle) * scaling).to(x.dtype).to(tl.float32)
-        sine = (tl.sin(angle) * scaling).to(x.dtype).to(tl.float32)
+        sine, cosine = sine_and_cosine(angle)
+        cosine = (cosine * scaling).to(x.dtype).to(tl.float32)
+        sine = (sine * scaling).to(x.dtype).to(tl.float32)
         x, y = x.to(tl.float32), y.to(tl.float32)
         kept = stored[:, None] & turning[None, :]
         kind = out_ptr.dtype.element_ty

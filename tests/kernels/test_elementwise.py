@@ -156,6 +156,16 @@ def test_rope_of_transposed_heads():
         close(rope.rope(runner(number), x, positions, inv_freq), rope_op.reference(x, positions, inv_freq))
 
 
+def test_angles_of_long_contexts():
+    """Position 1 with the angle as frequency turns the unit vector (1, 0) to (cosine, sine)."""
+    torch.manual_seed(0)
+    angles = torch.cat([torch.rand(500) * 131072, torch.arange(-40, 40) * torch.pi / 4, torch.rand(64) * 1e-3])
+    x = torch.cat([torch.ones_like(angles), torch.zeros_like(angles)])[None, None, None]
+    turned = rope.rope(runner(), x, torch.ones(1, 1, dtype=torch.int64), angles)[0, 0, 0]
+    expected = torch.cat([angles.double().cos(), angles.double().sin()])
+    assert (turned - expected).abs().max() < 3e-7
+
+
 def test_rope_refuses_more_channels_than_there_are():
     with pytest.raises(BackendError, match="turns 10 channels"):
         rope.rope(runner(), torch.zeros(1, 1, 1, 8), torch.zeros(1, 1), torch.zeros(5))
