@@ -19,14 +19,15 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphwright import clean, shapes
+from graphwright.backend import Backend, JustInTimeBackend
 from graphwright.capture import finish
+from graphwright.compiled import backend_for
 from graphwright.contract import Contract, Dim, InputSpec
 from graphwright.errors import BackendError, RecipeError, nearest
 from graphwright.manager import PassManager, plan_passes
 from graphwright.pass_ import Context
 from graphwright.program import Metadata, Program
 from graphwright.recipe import Recipe
-from graphwright.registry import backend as find_backend
 from graphwright.serialize import set_attribute
 from graphwright.target import Target
 
@@ -43,6 +44,7 @@ class Options(BaseModel):
 
     recipe: Any = "none"
     target: str = "cpu"
+    backend: str = ""
     verify: bool = True
 
 
@@ -54,11 +56,12 @@ def graphwright_backend(
     Raises:
         RecipeError: an option, recipe or pass is unknown.
         TargetError: the target is unknown.
+        BackendError: the backend is unknown, or does not compile for the target.
     """
     chosen = _options(options or {})
     recipe = _keeping_contract(Recipe.load(chosen.recipe))
     target = Target.parse(chosen.target)
-    return _Region(module, recipe, target, chosen.verify)
+    return _Region(module, recipe, target, backend_for(target, chosen.backend), chosen.verify)
 
 
 def _options(given: Mapping[str, Any]) -> Options:
@@ -80,10 +83,11 @@ def _keeping_contract(recipe: Recipe) -> Recipe:
 class _Region:
     """One dynamo graph: compiled once per set of the Python numbers that dynamo hands over as scalar tensors."""
 
-    def __init__(self, module: fx.GraphModule, recipe: Recipe, target: Target, verify: bool) -> None:
+    def __init__(self, module: fx.GraphModule, recipe: Recipe, target: Target, backend: Backend, verify: bool) -> None:
         self.module = module
         self.recipe = recipe
         self.target = target
+        self.backend = backend
         self.verify = verify
         self.placeholders = module.graph.find_nodes(op="placeholder")
         self.scalars = [i for i, node in enumerate(self.placeholders) if _is_number(node)]
@@ -113,7 +117,11 @@ class _Region:
         context = Context(self.target)
         manager = PassManager(context, self.recipe.budget, verify=self.verify and not _writes_inputs(flat))
         rewritten = manager.run(program, plan_passes(self.recipe, program))
-        run = find_backend(self.target.backend or "inductor").jit(rewritten)
+        if not isinstance(self.backend, JustInTimeBackend):
+            raise BackendError(
+                f"Backend {self.backend.name} compiles ahead of time only", fix="Use graphwright.compile"
+            )
+        run = self.backend.jit(rewritten)
         names = {str(node.target) for node in clean.written(rewritten.module) if node.op == "placeholder"}
         return _Densely(run, kept, [str(self.placeholders[i].target) in names for i in kept])
 

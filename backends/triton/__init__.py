@@ -24,7 +24,7 @@ from graphwright.backend import Executable, Progress, Support
 from graphwright.contract import Contract
 from graphwright.errors import BackendError, TargetError
 from graphwright.program import Program
-from graphwright.target import Target
+from graphwright.target import Target, local_gpu
 
 GRAPH = "graph.json"
 
@@ -94,9 +94,9 @@ class TritonBackend:
         from torch._inductor.compile_fx import compile_fx
         from torch._inductor.decomposition import select_decomp_table
 
-        from graphwright.backends.triton import lowering, ops
+        from graphwright.backends.triton import lowering
 
-        if ops.gpu_name() is None:
+        if local_gpu() is None:
             raise TargetError(
                 "The triton backend of torch.compile needs a GPU, and PyTorch finds none on this machine",
                 fix="Compile ahead of time with `graphwright compile --target cuda:sm_90`, or use the target cpu",

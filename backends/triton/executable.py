@@ -12,7 +12,7 @@ from graphwright.backends.triton.driver import Binaries
 from graphwright.contract import Contract
 from graphwright.errors import BackendError, TargetError
 from graphwright.kernels.triton.device import Device
-from graphwright.target import Target
+from graphwright.target import Target, local_gpu
 
 
 def require_gpu(target: str) -> None:
@@ -21,7 +21,7 @@ def require_gpu(target: str) -> None:
     Raises:
         TargetError: saying which GPU there is.
     """
-    found = ops.gpu_name()
+    found = local_gpu()
     if found == target:
         return
     if found is None:
@@ -48,7 +48,7 @@ class TritonExecutable:
     @property
     def device(self) -> torch.device:
         """Where state has to lie."""
-        return torch.device("cuda") if ops.gpu_name() == self._target else torch.device("cpu")
+        return torch.device("cuda") if local_gpu() == self._target else torch.device("cpu")
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Runs it once; inputs may lie on the CPU and the outputs then do, state must lie on the GPU.

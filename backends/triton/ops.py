@@ -30,7 +30,7 @@ from graphwright.kernels.triton import (
 from graphwright.kernels.triton.device import Device
 from graphwright.kernels.triton.launch import JustInTime, Runner
 from graphwright.kernels.triton.model import rank
-from graphwright.target import GPUS
+from graphwright.target import GPUS, local_gpu
 
 NAMESPACE = "graphwright_triton"
 
@@ -64,16 +64,6 @@ def using(runner: Runner) -> Iterator[None]:
         _runner.reset(token)
 
 
-def gpu_name() -> str | None:
-    """The target name of the current GPU, such as `cuda:sm_90`; None where there is none."""
-    if not torch.cuda.is_available():
-        return None
-    if torch.version.hip:
-        return f"rocm:{torch.cuda.get_device_properties().gcnArchName.partition(':')[0]}"
-    major, minor = torch.cuda.get_device_capability()
-    return f"cuda:sm_{major}{minor}"
-
-
 _just_in_time: dict[str, JustInTime] = {}
 
 
@@ -86,8 +76,8 @@ def current_runner() -> Runner:
     named = _runner.get()
     if named is not None:
         return named
-    name = gpu_name()
-    if name not in GPUS:
+    name = local_gpu()
+    if name is None or name not in GPUS:
         raise TargetError(f"No kernel is configured for this GPU, {name}", fix=f"Known: {', '.join(GPUS)}")
     device = Device.of(GPUS[name])
     return _just_in_time.setdefault(name, JustInTime(device, lambda launch, where: rank(launch, where)[0]))
