@@ -325,7 +325,7 @@ def attention(
                 "VALUE_BITS": value.bits if isinstance(value, Codes) else 0,
                 "KEY_GROUP": key.group if isinstance(key, Codes) else 0, "FINISH": finish,
             },
-            configs(run.device, block, max(dim, value_dim)),
+            configs(run.device, block, max(dim, value_dim), query.dtype),
             lambda c: (batch * kv_heads, splits),
             lambda c: _work(query, span, dim + value_dim, k, v, c),
             matrix=query.dtype != torch.float32,
@@ -375,8 +375,10 @@ def split(blocks: int, keys: int, device: Device) -> tuple[int, int]:
     return max(1, cdiv(keys, span)), span
 
 
-def configs(device: Device, rows: int, head_dim: int) -> tuple[Config, ...]:
+def configs(device: Device, rows: int, head_dim: int, dtype: torch.dtype) -> tuple[Config, ...]:
     """Tiles of keys; memory is the limit, so what matters is how much is in flight."""
+    if dtype == torch.float32:
+        return tuple(Config.of(4, 2, BLOCK_M=rows, BLOCK_N=keys) for keys in (32, 16))
     stages = 1 if device.target.kind == "rocm" else 3
     tiles = [(128, 4, stages), (64, 4, stages), (64, 4, 2), (32, 4, 2), (64, 8, 2), (32, 8, 2), (32, 4, 1), (16, 4, 1)]
     kept = [tile for tile in tiles if head_dim <= 128 or tile[0] <= 64]

@@ -170,10 +170,12 @@ def flash_attention(
     tl.store(target, result.to(out_ptr.dtype.element_ty), mask=stored)
 
 
-def configs(device: Device, head_dim: int) -> tuple[Config, ...]:
-    """Tiles that keep a query block's accumulator in registers; wide heads get narrower ones."""
+def configs(device: Device, head_dim: int, dtype: torch.dtype) -> tuple[Config, ...]:
+    """Tiles that keep a query block's accumulator in registers; wide heads and float32 get narrower ones."""
     wide = head_dim > 128
-    if device.target.kind == "rocm":
+    if dtype == torch.float32:
+        tiles = [(64, 32, 4, 2), (32, 32, 4, 2), (32, 16, 4, 2), (16, 16, 4, 1)]
+    elif device.target.kind == "rocm":
         tiles = [(128, 64, 4, 1), (128, 32, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1), (64, 32, 8, 1)]
     elif device.matrix_unit in ("wgmma", "tcgen05"):
         tiles = [(128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (128, 32, 8, 2)]
@@ -233,7 +235,7 @@ def attention(
                 "CAUSAL": causal, "WINDOWED": window > 0, "CHUNKED": chunk > 0, "PREFIXED": prefix > 0,
                 "CAPPED": softcap > 0,
             },
-            configs(run.device, max(head_dim, value_dim)),
+            configs(run.device, max(head_dim, value_dim), query.dtype),
             lambda c: (cdiv(length, c["BLOCK_M"]), batch * heads),
             lambda c: _work(query, keys, value_dim, causal, c),
             matrix=query.dtype != torch.float32,

@@ -115,7 +115,7 @@ def grouped_linear(run: Runner, x: Tensor, weight: Tensor, ends: Tensor) -> Tens
     rows = flat.shape[0]
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     static = frozenset(("outputs", "features", "x_row"))
-    block = 32 if x.dtype == torch.float32 else 64
+    block = 16 if x.dtype == torch.float32 else 64
     run(
         Launch(
             grouped_gemm,
@@ -124,7 +124,7 @@ def grouped_linear(run: Runner, x: Tensor, weight: Tensor, ends: Tensor) -> Tens
                 "x_row": flat.stride(0), "outputs": outputs, "features": features, "experts": experts,
             },
             {"EVEN": features % block == 0, "BLOCK_EXPERTS": next_power_of_2(experts), "BLOCK_K": block},
-            configs(run.device, rows // experts),
+            configs(run.device, rows // experts, x.dtype),
             lambda c: (cdiv(rows, c["BLOCK_M"]) + experts, cdiv(outputs, c["BLOCK_N"])),
             lambda c: _work(c, features, x),
             matrix=x.dtype != torch.float32,
@@ -175,8 +175,10 @@ def _move(run: Runner, x: Tensor, index: Tensor, weights: Tensor | None, rows: i
     return out
 
 
-def configs(device: Device, rows: int) -> tuple[Config, ...]:
+def configs(device: Device, rows: int, dtype: torch.dtype) -> tuple[Config, ...]:
     """Tiles by the rows that an expert gets on average."""
+    if dtype == torch.float32:
+        return tuple(Config.of(4, 2, BLOCK_M=16 if rows <= 16 else 32, BLOCK_N=n) for n in (64, 32))
     deep = 2 if device.target.kind == "rocm" else 3
     if rows <= 16:
         tiles = [(16, 64, 4, deep), (16, 128, 4, deep), (16, 64, 4, 2), (16, 32, 4, 1)]

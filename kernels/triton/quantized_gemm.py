@@ -284,7 +284,7 @@ def _gemm(
 ) -> None:
     rows, outputs, groups = arguments["rows"], arguments["outputs"], arguments["groups"]
     run_length = constants["GROUP_SIZE"] // constants["PARTS"]
-    block = max(16, min(next_power_of_2(run_length), 64))
+    block = max(16, min(next_power_of_2(run_length), _deepest(run.device, rows, x.dtype)))
     chunks = cdiv(run_length, block)
     steps = groups * chunks
     splits = split_k(rows, outputs, steps, run.device)
@@ -298,7 +298,7 @@ def _gemm(
             gemm,
             {**arguments, "steps": per_split, "out_ptr": parts, "bias_ptr": bias if finish else None},
             {**constants, "CHUNKS": chunks, "EVEN": even, "FINISH": finish, "BLOCK_K": block},
-            configs(run.device, rows),
+            configs(run.device, rows, x.dtype),
             lambda c: (cdiv(rows, c["BLOCK_M"]), cdiv(outputs, c["BLOCK_N"]), splits),
             lambda c: _work(x, c, block, per_split, constants["PARTS"]),
             matrix=x.dtype != torch.float32,
@@ -307,6 +307,13 @@ def _gemm(
     )
     if not finish:
         join_splits(run, parts, bias, out)
+
+
+def _deepest(device: Device, rows: int, dtype: torch.dtype) -> int:
+    """Bytes of a weight's row in one step: what decoded weights leave of the registers."""
+    if dtype == torch.float32:
+        return 16
+    return 32 if device.matrix_unit == "mma" and rows > 16 else 64
 
 
 def join_splits(run: Runner, parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -333,15 +340,18 @@ def split_k(rows: int, outputs: int, steps: int, device: Device) -> int:
     return max(1, min(2 * device.units // cdiv(outputs, 64), steps // 4, MOST_SPLITS))
 
 
-def configs(device: Device, rows: int) -> tuple[Config, ...]:
+def configs(device: Device, rows: int, dtype: torch.dtype) -> tuple[Config, ...]:
     """Tiles by class of rows: up to 16, up to 64, more."""
+    if dtype == torch.float32:
+        # Without matrix instructions every product is an instruction of its own: large tiles only cost registers.
+        return tuple(Config.of(4, 2, BLOCK_M=16 if rows <= 16 else 32, BLOCK_N=n) for n in (64, 32))
     deep = 2 if device.target.kind == "rocm" else 4
     if rows <= 16:
         tiles = [(16, 64, 4, deep), (16, 128, 4, deep), (16, 32, 4, deep), (16, 64, 4, 2), (16, 64, 4, 1)]
     elif rows <= 64:
         tiles = [(64, 64, 4, deep), (32, 64, 4, deep), (64, 128, 4, deep), (64, 64, 4, 2), (32, 64, 4, 1)]
     else:
-        tiles = [(128, 128, 8, 3), (128, 128, 4, 2), (128, 64, 4, 3), (64, 128, 4, 3), (128, 128, 8, 2), (64, 64, 4, 1)]
+        tiles = [(128, 128, 8, 3), (128, 128, 4, 2), (128, 64, 4, 3), (64, 128, 4, 3), (128, 128, 8, 2), (64, 64, 4, 2)]
     return tuple(Config.of(warps, stages, BLOCK_M=m, BLOCK_N=n) for m, n, warps, stages in dict.fromkeys(tiles))
 
 

@@ -69,7 +69,7 @@ def test_uneven_groups_and_rows_after_the_last(ends):
     torch.manual_seed(0)
     x, weight = torch.randn(90, 33), torch.randn(3, 33, 50)
     last = torch.tensor(ends, dtype=torch.int32)
-    for number in (0, 3):
+    for number in (0, 1):
         actual = grouped_gemm.grouped_linear(runner(number), x, weight, last)
         assert relative_error(actual, grouped_linear.reference(x, weight, last)) < 2e-5
 
