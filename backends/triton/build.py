@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from graphwright.backend import Progress
-from graphwright.backends.triton.machine_code import Resources, failures
+from graphwright.backends.triton.machine_code import Resources, failures, occupied
 from graphwright.errors import BackendError
 from graphwright.kernels.triton.device import Device
 from graphwright.kernels.triton.launch import Config, Launch, Problem
@@ -162,7 +162,10 @@ def search(launch: Launch, device: Device, workers: Workers, width: int = 1) -> 
         )  # fmt: skip
         if len(passed) == width:
             break
-    found.binary = min(passed, key=lambda binary: binary.seconds, default=None)
+    # At equal modelled time, more warps on a unit hide more latency.
+    found.binary = min(
+        passed, key=lambda b: (round(b.seconds * 1e9), -occupied(b.resources, b.config, device)), default=None
+    )
     return found
 
 

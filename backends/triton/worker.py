@@ -28,6 +28,9 @@ def compile_job(job: dict[str, Any], cache: Path) -> dict[str, Any]:
 
     device = DEVICES[job["target"]]
     kernel = getattr(importlib.import_module(job["module"]), job["kernel"])
+    while not isinstance(kernel, triton.JITFunction):
+        # Autotuners and heuristics wrap the function.
+        kernel = kernel.fn
     key = _key(job, kernel.cache_key, triton.__version__)
     entry = cache / f"{key}.json"
     if entry.is_file():

@@ -379,6 +379,10 @@ def configs(device: Device, rows: int, head_dim: int, dtype: torch.dtype) -> tup
     """Tiles of keys; memory is the limit, so what matters is how much is in flight."""
     if dtype == torch.float32:
         return tuple(Config.of(4, 2, BLOCK_M=rows, BLOCK_N=keys) for keys in (32, 16))
+    if device.matrix_unit == "wmma":
+        # 256 registers a thread, and every operand of a wmma instruction lies twice in them.
+        tiles = ((64, 8), (32, 8), (16, 8), (32, 4), (16, 4))
+        return tuple(Config.of(warps, 1, BLOCK_M=rows, BLOCK_N=keys) for keys, warps in tiles)
     stages = 1 if device.target.kind == "rocm" else 3
     tiles = [(128, 4, stages), (64, 4, stages), (64, 4, 2), (32, 4, 2), (64, 8, 2), (32, 8, 2), (32, 4, 1), (16, 4, 1)]
     kept = [tile for tile in tiles if head_dim <= 128 or tile[0] <= 64]

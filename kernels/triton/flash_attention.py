@@ -175,6 +175,10 @@ def configs(device: Device, head_dim: int, dtype: torch.dtype) -> tuple[Config, 
     wide = head_dim > 128
     if dtype == torch.float32:
         tiles = [(64, 32, 4, 2), (32, 32, 4, 2), (32, 16, 4, 2), (16, 16, 4, 1)]
+    elif device.matrix_unit == "wmma":
+        # 256 registers a thread, and every operand of a wmma instruction lies twice in them.
+        tiles = [(128, 32, 8, 1), (64, 32, 8, 1), (64, 32, 4, 1), (64, 16, 8, 1), (32, 32, 4, 1), (32, 16, 4, 1)]
+        tiles += [(16, 16, 4, 1), (32, 16, 8, 1)]
     elif device.target.kind == "rocm":
         tiles = [(128, 64, 4, 1), (128, 32, 4, 1), (64, 64, 4, 1), (64, 32, 4, 1), (64, 32, 8, 1)]
     elif device.matrix_unit in ("wgmma", "tcgen05"):

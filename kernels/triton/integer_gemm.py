@@ -185,7 +185,9 @@ def linear(
 def configs(device: Device, rows: int) -> tuple[Config, ...]:
     """Tiles by class of rows: up to 16, up to 64, more."""
     deep = 2 if device.target.kind == "rocm" else 4
-    if rows <= 16:
+    if device.matrix_unit == "wmma" and rows > 16:
+        tiles = [(64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1)]
+    elif rows <= 16:
         tiles = [(16, 64, 4, deep), (16, 128, 4, deep), (16, 32, 4, deep), (16, 64, 4, 2), (16, 32, 4, 1)]
     elif rows <= 64:
         tiles = [(64, 64, 4, deep), (64, 128, 4, deep), (64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 1)]

@@ -313,7 +313,7 @@ def _deepest(device: Device, rows: int, dtype: torch.dtype) -> int:
     """Bytes of a weight's row in one step: what decoded weights leave of the registers."""
     if dtype == torch.float32:
         return 16
-    return 32 if device.matrix_unit == "mma" and rows > 16 else 64
+    return 32 if device.matrix_unit in ("mma", "wmma") and rows > 16 else 64
 
 
 def join_splits(run: Runner, parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -346,7 +346,9 @@ def configs(device: Device, rows: int, dtype: torch.dtype) -> tuple[Config, ...]
         # Without matrix instructions every product is an instruction of its own: large tiles only cost registers.
         return tuple(Config.of(4, 2, BLOCK_M=16 if rows <= 16 else 32, BLOCK_N=n) for n in (64, 32))
     deep = 2 if device.target.kind == "rocm" else 4
-    if rows <= 16:
+    if device.matrix_unit == "wmma" and rows > 16:
+        tiles = [(64, 64, 8, 2), (32, 64, 4, 2), (64, 32, 4, 2), (64, 64, 8, 1), (32, 32, 4, 1), (16, 64, 4, 1)]
+    elif rows <= 16:
         tiles = [(16, 64, 4, deep), (16, 128, 4, deep), (16, 32, 4, deep), (16, 64, 4, 2), (16, 64, 4, 1)]
     elif rows <= 64:
         tiles = [(64, 64, 4, deep), (32, 64, 4, deep), (64, 128, 4, deep), (64, 64, 4, 2), (32, 64, 4, 1)]
