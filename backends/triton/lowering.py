@@ -55,6 +55,10 @@ def support(node: fx.Node) -> Support:
     if node.target in KERNELS:
         reason = _refusal(node)
         return Support(not reason, reason)
+    if any(_summed_in_norm(node, user) for user in node.users):
+        return Support(True)
+    if isinstance(node.target, torch._ops.OpOverload) and (node.target.is_view or "sym_" in node.target._opname):
+        return Support(True)
     if op_of(node.target) is not None:
         return Support(False, f"{op_name(node.target)} has no Triton kernel; its reference runs as PyTorch ops")
     return Support(False, f"{op_name(node.target)} is left to PyTorch, or to Inductor under torch.compile")
@@ -164,7 +168,7 @@ def _norm_after_sum(program: Program, editor: Editor) -> None:
     """A residual sum and the norm of it become one pass over memory."""
     for node in program.calls(semantic.rms_norm.target):
         total, weight, eps, unit_offset = _arguments(node)
-        if _refusal(node) or not _plain_sum(total):
+        if not _summed_in_norm(total, node):
             continue
         first = next(n for n in program.graph.nodes if n in total.users)
         x, residual = total.args[:2]
@@ -173,6 +177,13 @@ def _norm_after_sum(program: Program, editor: Editor) -> None:
         both = editor.call(ops.add_rms_norm.target, x, residual, weight, eps, unit_offset, before=first)
         editor.replace(node, _item(editor, both, 1, first))
         editor.replace(total, _item(editor, both, 0, first))
+
+
+def _summed_in_norm(total: fx.Node, norm: fx.Node) -> bool:
+    """Whether `total` is a sum that the kernel of the norm of it computes as well."""
+    return (
+        norm.target == semantic.rms_norm.target and norm.args[0] is total and _plain_sum(total) and not _refusal(norm)
+    )
 
 
 def _plain_sum(node: fx.Node) -> bool:

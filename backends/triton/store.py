@@ -15,6 +15,9 @@ from graphwright.kernels.triton.launch import Config, Problem
 
 INDEX = "index.json"
 
+TELLING = ("ACTIVATION", "GROUP_SIZE", "HEAD_DIM", "PARTS", "ROTARY", "WIDTH")
+"""Constants that tell people which calls a kernel is for."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -95,6 +98,7 @@ def rows(entries: Sequence[Entry], target: str) -> list[dict[str, Any]]:
         {
             "target": target,
             "kernel": entry.problem.kernel,
+            "serves": " ".join(f"{k}={v}" for k, v in entry.problem.constants if k in TELLING),
             "config": str(entry.config),
             "registers": entry.resources.registers,
             "spills": entry.resources.spills,

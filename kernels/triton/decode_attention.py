@@ -20,7 +20,7 @@ from torch import Tensor
 
 from graphwright.errors import BackendError
 from graphwright.kernels.triton.device import Device
-from graphwright.kernels.triton.flash_attention import check_heads, contiguous, row_stride
+from graphwright.kernels.triton.flash_attention import check_heads, contiguous, empty_result, row_stride
 from graphwright.kernels.triton.launch import (
     Config,
     Launch,
@@ -156,8 +156,9 @@ def split_attention(
             sink = tl.load(sinks_ptr + head, mask=present, other=0.0)
             total, largest, mixed = join_sink(sink, total, largest, mixed)
         mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
-    rows = (batch * kv_heads * GROUPS + head) * length + token
-    if not FINISH:
+        rows = (batch * length + token) * kv_heads * GROUPS + head
+    else:
+        rows = (batch * kv_heads * GROUPS + head) * length + token
         rows += split.to(tl.int64) * tl.num_programs(0) * GROUPS * length
         tl.store(largest_ptr + rows, largest, mask=present)
         tl.store(total_ptr + rows, total, mask=present)
@@ -189,7 +190,8 @@ def join_splits(
     inside = (split[:, None] < splits) & (channel[None, :] < VALUE_DIM)
     parts = tl.load(parts_ptr + at[:, None] * VALUE_DIM + channel[None, :], mask=inside, other=0.0)
     mixed = tl.sum(parts * weight[:, None], axis=0) / tl.where(everything == 0.0, 1.0, everything)
-    tl.store(out_ptr + row * VALUE_DIM + channel, mixed.to(out_ptr.dtype.element_ty), mask=channel < VALUE_DIM)
+    place = (row // (heads * length) * length + row % length) * heads + row // length % heads
+    tl.store(out_ptr + place * VALUE_DIM + channel, mixed.to(out_ptr.dtype.element_ty), mask=channel < VALUE_DIM)
 
 
 @dataclass(frozen=True)
@@ -265,6 +267,8 @@ def attention(
 ) -> Tensor:
     """`graphwright.ops.attention` for few queries, over plain, quantized or paged caches.
 
+    The result lies in memory as `flash_attention.empty_result` says.
+
     Raises:
         BackendError: too many queries, a head that is too wide, or a layout that no kernel reads.
     """
@@ -287,7 +291,7 @@ def attention(
     page = 0 if pages is None else keys_held.shape[2]
     keys = keys_held.shape[2] if pages is None else pages.table.shape[1] * page
     splits, span = split(batch * kv_heads, keys, run.device)
-    out = torch.empty(batch, heads, length, value_dim, dtype=query.dtype, device=query.device)
+    out = empty_result(query, value_dim)
     finish = splits == 1
     shape = (splits, batch * heads * length)
     parts = out if finish else torch.empty(*shape, value_dim, dtype=torch.float32, device=query.device)
@@ -381,8 +385,8 @@ def configs(device: Device, rows: int, head_dim: int, dtype: torch.dtype) -> tup
         return tuple(Config.of(4, 2, BLOCK_M=rows, BLOCK_N=keys) for keys in (32, 16))
     if device.matrix_unit == "wmma":
         # 256 registers a thread, and every operand of a wmma instruction lies twice in them.
-        tiles = ((64, 8), (32, 8), (16, 8), (32, 4), (16, 4))
-        return tuple(Config.of(warps, 1, BLOCK_M=rows, BLOCK_N=keys) for keys, warps in tiles)
+        pairs = ((64, 8), (32, 8), (16, 8), (32, 4), (16, 4))
+        return tuple(Config.of(warps, 1, BLOCK_M=rows, BLOCK_N=keys) for keys, warps in pairs)
     stages = 1 if device.target.kind == "rocm" else 3
     tiles = [(128, 4, stages), (64, 4, stages), (64, 4, 2), (32, 4, 2), (64, 8, 2), (32, 8, 2), (32, 4, 1), (16, 4, 1)]
     kept = [tile for tile in tiles if head_dim <= 128 or tile[0] <= 64]

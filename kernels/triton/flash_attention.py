@@ -165,7 +165,7 @@ def flash_attention(
         sink = tl.load(sinks_ptr + head).to(tl.float32) + tl.zeros([BLOCK_M], tl.float32)
         total, largest, mixed = join_sink(sink, total, largest, mixed)
     result = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
-    target = out_ptr + ((batch * heads + head) * length + here) * VALUE_DIM + value_channel[None, :]
+    target = out_ptr + ((batch * length + here) * heads + head) * VALUE_DIM + value_channel[None, :]
     stored = (row[:, None] < length) & (value_channel[None, :] < VALUE_DIM)
     tl.store(target, result.to(out_ptr.dtype.element_ty), mask=stored)
 
@@ -207,7 +207,7 @@ def attention(
     prefix: int = 0,
     softcap: float = 0.0,
 ) -> Tensor:
-    """See `graphwright.ops.attention`.
+    """See `graphwright.ops.attention`; the result lies in memory as `empty_result` says.
 
     Raises:
         BackendError: a head that is too wide, or heads that are no multiple of the key-value heads.
@@ -218,7 +218,7 @@ def attention(
     keys, value_dim = key.shape[2], value.shape[3]
     q, k, v = dense(query), dense(key), dense(value)
     spread = None if bias is None else bias.expand(batch, heads, length, keys)
-    out = torch.empty(batch, heads, length, value_dim, dtype=query.dtype, device=query.device)
+    out = empty_result(query, value_dim)
     bias_strides = (0, 0, 0, 0) if spread is None else spread.stride()
     run(
         Launch(
@@ -275,6 +275,12 @@ def check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
     if query.shape[1] % key.shape[1]:
         raise BackendError(f"{query.shape[1]} heads are no multiple of {key.shape[1]} key-value heads")
+
+
+def empty_result(query: Tensor, value_dim: int) -> Tensor:
+    """Room for a result [B, H, S, Dv] whose heads lie beside each other, as the product that reads it wants them."""
+    batch, heads, length, _ = query.shape
+    return torch.empty(batch, length, heads, value_dim, dtype=query.dtype, device=query.device).transpose(1, 2)
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

@@ -76,8 +76,12 @@ def test_neighbours_are_fused():
 def test_coverage_agrees_with_what_lowering_does():
     for recipe in ("int4", "int8-dynamic"):
         program = made("llama", recipe)
-        promised = {(n.name, n.target) for n in program.calls() if BACKEND.supports(n, GPUS["cuda:sm_90"]).ok}
-        assert promised
+        promised = {
+            (n.name, n.target)
+            for n in program.calls()
+            if BACKEND.supports(n, GPUS["cuda:sm_90"]).ok and not (n.target.is_view or "sym_" in str(n.target))
+        }
+        assert len(promised) > 10
         assert not promised & {(n.name, n.target) for n in lowering.lower(program).calls()}
 
 
