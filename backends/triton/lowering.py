@@ -165,17 +165,23 @@ def _item(editor: Editor, node: fx.Node, index: int, before: fx.Node) -> fx.Node
 
 
 def _norm_after_sum(program: Program, editor: Editor) -> None:
-    """A residual sum and the norm of it become one pass over memory."""
-    for node in program.calls(semantic.rms_norm.target):
+    """A residual sum and the norm of it, as numbers or as codes, become one pass over memory."""
+    for node in program.calls(semantic.rms_norm.target, ops.rms_norm_quantize.target):
         total, weight, eps, unit_offset = _arguments(node)
-        if not _summed_in_norm(total, node):
+        coded = node.target == ops.rms_norm_quantize.target
+        if not (_plain_sum(total) if coded else _summed_in_norm(total, node)):
             continue
         first = next(n for n in program.graph.nodes if n in total.users)
         x, residual = total.args[:2]
         if not _before(program, weight, first):
             continue
-        both = editor.call(ops.add_rms_norm.target, x, residual, weight, eps, unit_offset, before=first)
-        editor.replace(node, _item(editor, both, 1, first))
+        fused = ops.add_rms_norm_quantize if coded else ops.add_rms_norm
+        both = editor.call(fused.target, x, residual, weight, eps, unit_offset, before=first)
+        if coded:
+            for part in list(node.users):
+                editor.replace(part, _item(editor, both, part.args[1] + 1, first))
+        else:
+            editor.replace(node, _item(editor, both, 1, first))
         editor.replace(total, _item(editor, both, 0, first))
 
 

@@ -124,6 +124,15 @@ def rms_norm_quantize(
     return norm.rms_norm_quantize_reference(x, weight, eps, unit_offset)
 
 
+@define(norm.add_rms_norm_quantize)
+def add_rms_norm_quantize(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, unit_offset: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum, and its norm as codes and scales."""
+    total = x + residual
+    return total, *norm.rms_norm_quantize_reference(total, weight, eps, unit_offset)
+
+
 @define(norm.layer_norm)
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Layer normalisation over the last dimension."""

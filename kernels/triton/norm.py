@@ -156,6 +156,16 @@ def rms_norm_quantize(
     return _present(codes), _present(scale)
 
 
+def add_rms_norm_quantize(
+    run: Runner, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, unit_offset: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum x + residual in their dtype, and its norm as int8 codes [..., K] and float32 scales [..., 1]."""
+    total, _, codes, scale = _launch(
+        run, x, residual, weight, None, eps, centred=False, unit_offset=unit_offset, quantize=True
+    )
+    return _present(total), _present(codes), _present(scale)
+
+
 def layer_norm(run: Runner, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """`torch.nn.functional.layer_norm` over the last dimension."""
     _, out, _, _ = _launch(run, x, None, weight, bias, eps, centred=True, unit_offset=False, quantize=False)
@@ -192,6 +202,9 @@ SHAPES: Mapping[str, Callable[[Runner, torch.dtype], Any]] = {
     ),
     "rms_norm_quantize 4096": lambda run, dtype: rms_norm_quantize(
         run, meta(dtype, 512, 4096), meta(dtype, 4096), 1e-6
+    ),
+    "add_rms_norm_quantize 4096": lambda run, dtype: add_rms_norm_quantize(
+        run, meta(dtype, 512, 4096), meta(dtype, 512, 4096), meta(dtype, 4096), 1e-6
     ),
     "layer_norm 4096": lambda run, dtype: layer_norm(
         run, meta(dtype, 512, 4096), meta(dtype, 4096), meta(dtype, 4096), 1e-5

@@ -48,6 +48,10 @@ def test_norms_with_residual_and_rounding(width, dtype):
         if width > 1:
             total, out = norm.add_layer_norm(run, x, residual, weight, bias, 1e-5)
             close(out, functional.layer_norm(total.float(), (width,), weight.float(), bias.float()).to(dtype))
+        total, codes, scale = norm.add_rms_norm_quantize(run, x, residual, weight, 1e-6)
+        close(total, x + residual)
+        expected, step = norm.rms_norm_quantize_reference(total, weight, 1e-6)
+        assert (codes.int() - expected.int()).abs().max() <= (2 if dtype == torch.bfloat16 else 1)
         codes, scale = norm.rms_norm_quantize(run, x, weight, 1e-6)
         expected, step = norm.rms_norm_quantize_reference(x, weight, 1e-6)
         # The norm may differ in its last bit and the scale with it, and then a code by one, of bfloat16 by two.
