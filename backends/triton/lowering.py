@@ -27,9 +27,13 @@ KERNELS: dict[Any, ops.TritonOp] = {
     semantic.attention.target: ops.attention,
     semantic.quantized_linear.target: ops.quantized_linear,
     semantic.grouped_linear.target: ops.grouped_linear,
+    semantic.quantized_embedding.target: ops.quantized_embedding,
     aten.layer_norm.default: ops.layer_norm,
 }
 """What a call becomes when nothing beside it is fused with it."""
+
+ANY_DTYPE = (semantic.kv_cache_update.target, semantic.quantized_embedding.target)
+"""Ops whose first argument may be of a dtype that is not computed in."""
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -68,7 +72,7 @@ def _refusal(node: fx.Node) -> str:
     """Why the kernel that serves a call's op does not serve this call; empty if it does."""
     args = _arguments(node)
     value = _value(args[0])
-    if value.dtype not in FLOATS and node.target != semantic.kv_cache_update.target:
+    if value.dtype not in FLOATS and node.target not in ANY_DTYPE:
         return f"no kernel computes in {value.dtype}"
     checks: dict[Any, Callable[[], str]] = {
         semantic.rms_norm.target: lambda: _row_refusal(value.shape[-1]),
@@ -78,6 +82,9 @@ def _refusal(node: fx.Node) -> str:
         ),
         semantic.attention.target: lambda: _head_refusal(value.shape[3], _value(args[2]).shape[3]),
         semantic.quantized_linear.target: lambda: _weight_refusal(args[5], args[6]),
+        semantic.quantized_embedding.target: lambda: (
+            "" if args[4] in quantized_gemm.PARTS else f"{args[4]} tables have no kernel"
+        ),
     }
     return checks.get(node.target, lambda: "")()
 

@@ -19,6 +19,7 @@ from graphwright.errors import TargetError
 from graphwright.kernels.triton import (
     activation,
     decode_attention,
+    embedding,
     flash_attention,
     grouped_gemm,
     integer_gemm,
@@ -258,6 +259,26 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         return x.new_empty(x.shape[0], weight.shape[2])
     result: Tensor = ops.grouped_linear.reference(x, weight, ends)
     return result
+
+
+@define(embedding.quantized_embedding)
+def quantized_embedding(
+    indices: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    format: str,
+    group_size: int,
+    embedding_dim: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See `graphwright.ops.quantized_embedding`."""
+    if isinstance(indices, torch._subclasses.FakeTensor):
+        return torch.empty((*indices.shape, embedding_dim), dtype=dtype, device=weight.device)
+    looked_up = ops.quantized_embedding.reference(
+        indices, weight, scale, zero_point, format, group_size, embedding_dim, dtype
+    )
+    return looked_up.contiguous()
 
 
 def _own(result: Tensor, source: Tensor) -> Tensor:

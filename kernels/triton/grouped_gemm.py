@@ -79,6 +79,26 @@ def zero_rows(out_ptr, ends_ptr, rows, outputs, experts, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def place_choices(choices_ptr, order_ptr, ends_ptr, count, BLOCK: tl.constexpr):
+    """The choices of one expert, in their order, behind those of the experts before it."""
+    expert = tl.program_id(0)
+    before = 0
+    for first in range(0, count, BLOCK):
+        item = first + tl.arange(0, BLOCK)
+        chosen = tl.load(choices_ptr + item, mask=item < count, other=2147483647).to(tl.int32)
+        before += tl.sum((chosen < expert).to(tl.int32), axis=0)
+    placed = before
+    for first in range(0, count, BLOCK):
+        item = first + tl.arange(0, BLOCK)
+        chosen = tl.load(choices_ptr + item, mask=item < count, other=2147483647).to(tl.int32)
+        mine = (chosen == expert).to(tl.int32)
+        place = placed + tl.cumsum(mine, axis=0) - mine
+        tl.store(order_ptr + place, item.to(tl.int64), mask=mine == 1)
+        placed += tl.sum(mine, axis=0)
+    tl.store(ends_ptr + expert, placed)
+
+
+@triton.jit
 def gather_rows(
     x_ptr, index_ptr, weight_ptr, out_ptr, rows, x_row, width, per_row,
     COMBINE: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
@@ -145,6 +165,25 @@ def grouped_linear(run: Runner, x: Tensor, weight: Tensor, ends: Tensor) -> Tens
     return out
 
 
+def sort_by_expert(run: Runner, choices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Positions int64 [R] of flat expert numbers `choices` [R], sorted by expert and stable, and int32 ends [E]."""
+    check_device(choices=choices)
+    count = choices.numel()
+    order = torch.empty(count, dtype=torch.int64, device=choices.device)
+    ends = torch.empty(experts, dtype=torch.int32, device=choices.device)
+    run(
+        Launch(
+            place_choices,
+            {"choices_ptr": choices.contiguous(), "order_ptr": order, "ends_ptr": ends, "count": count},
+            {},
+            tuple(Config.of(4, BLOCK=block) for block in (1024, 512)),
+            lambda c: (experts,),
+            lambda c: Work(6 * count, 2 * count * choices.element_size()),
+        )
+    )
+    return order, ends
+
+
 def permute(run: Runner, x: Tensor, index: Tensor) -> Tensor:
     """x[index] for x [M, K] and index [R]: tokens to the order of their experts."""
     return _move(run, x, index, None, index.shape[0], 1)
@@ -200,6 +239,7 @@ SHAPES: Mapping[str, Callable[[Runner, torch.dtype], Any]] = {
     "8 experts, 4096 rows": lambda run, dtype: grouped_linear(
         run, meta(dtype, 4096, 4096), meta(dtype, 8, 4096, 1536), meta(torch.int32, 8)
     ),
+    "sort": lambda run, dtype: sort_by_expert(run, meta(torch.int64, 1024), 64),
     "permute": lambda run, dtype: permute(run, meta(dtype, 512, 4096), meta(torch.int64, 1024)),
     "unpermute": lambda run, dtype: unpermute(
         run, meta(dtype, 1024, 4096), meta(torch.int64, 512, 2), meta(dtype, 512, 2)

@@ -243,7 +243,7 @@ for info in pkgutil.iter_modules(package.__path__):
             texts.append("\\n".join(text(launch) for launch in recorder.launches))
         half, brain = texts
         assert "bf16" not in half, name
-        assert "bf16" in brain, name
+        assert "bf16" in brain or "f16" not in half, name
         if brain.replace("bf16", "f16") != half.replace("fp16", "f16"):
             sys.exit(f"{info.name}: {name} computes differently in bfloat16")
         count += 1
@@ -256,7 +256,7 @@ def test_bfloat16_kernels_are_the_float16_kernels_with_another_type():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", IR], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) > 40
+    assert int(done.stdout) > 50
 
 
 def test_the_registry_finds_the_backend():

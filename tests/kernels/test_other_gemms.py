@@ -6,12 +6,12 @@ from kernels.interpreted import TOLERANCE, runner
 from kernels.test_quantized_gemm import weights
 
 from graphwright.errors import BackendError
-from graphwright.kernels.triton import grouped_gemm, integer_gemm
+from graphwright.kernels.triton import embedding, grouped_gemm, integer_gemm, sparse_gemm
 from graphwright.kernels.triton.device import DEVICES
 from graphwright.kernels.triton.launch import Recorder, meta
 from graphwright.numerics import relative_error
 from graphwright.op import OPS
-from graphwright.ops import grouped_linear
+from graphwright.ops import grouped_linear, quantized_embedding
 
 
 @pytest.mark.parametrize("rows", [1, 17, 66])
@@ -72,6 +72,50 @@ def test_uneven_groups_and_rows_after_the_last(ends):
     for number in (0, 1):
         actual = grouped_gemm.grouped_linear(runner(number), x, weight, last)
         assert relative_error(actual, grouped_linear.reference(x, weight, last)) < 2e-5
+
+
+@pytest.mark.parametrize("count", [1, 37, 1500])
+def test_choices_are_sorted_by_expert(count):
+    torch.manual_seed(0)
+    choices = torch.randint(0, 5, (count,)) * 2
+    order, ends = grouped_gemm.sort_by_expert(runner(count), choices, 10)
+    assert torch.equal(order, choices.argsort(stable=True))
+    assert torch.equal(ends.long(), torch.bincount(choices, minlength=10).cumsum(0))
+
+
+@pytest.mark.parametrize("rows", [1, 16, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_two_in_four(rows, dtype):
+    torch.manual_seed(0)
+    weight = torch.randn(37, 30, 4)
+    weight.scatter_(-1, weight.abs().topk(2, largest=False).indices, 0.0)
+    weight[0] = 0
+    weight = weight.flatten(1).to(dtype)
+    values, places = sparse_gemm.compress(weight)
+    x, bias = torch.randn(rows, 120, dtype=dtype), torch.randn(37, dtype=dtype)
+    expected = torch.nn.functional.linear(x.float(), weight.float(), bias.float()).to(dtype)
+    assert relative_error(sparse_gemm.linear_reference(x, values, places, bias), expected) < TOLERANCE[dtype]
+    for number in (1, 3):
+        actual = sparse_gemm.linear(runner(number), x, values, places, bias)
+        assert relative_error(actual, expected) < TOLERANCE[dtype]
+
+
+def test_what_is_not_two_in_four_is_refused():
+    with pytest.raises(BackendError, match="more than two non-zeros"):
+        sparse_gemm.compress(torch.ones(1, 4))
+    with pytest.raises(BackendError, match="groups of four"):
+        sparse_gemm.compress(torch.zeros(1, 6))
+    values, places = sparse_gemm.compress(torch.zeros(2, 8))
+    with pytest.raises(BackendError, match="x has 4 columns and the weight 8"):
+        sparse_gemm.linear(runner(), torch.zeros(1, 4), values, places, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_every_sample_of_quantized_embedding(dtype):
+    torch.manual_seed(0)
+    for number, sample in enumerate(OPS["quantized_embedding"].samples_of(dtype)):
+        actual = embedding.quantized_embedding(runner(number), *sample.args)
+        assert relative_error(actual, quantized_embedding.reference(*sample.args)) < TOLERANCE[dtype]
 
 
 def test_rows_go_to_their_experts_and_back():
