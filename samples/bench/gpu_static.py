@@ -214,6 +214,13 @@ def row(what: str, who: str, read: Resources, launch: Launch, config: Config, de
     }
 
 
+WITHOUT = {
+    ("rocm:gfx1100", "decode_attention: int8 cache"): "codes widened for a transposed operand need too many registers",
+    ("rocm:gfx1100", "flash_attention: head_dim 256 causal"): "operands lie twice in 256 registers a thread",
+}
+"""Kernels that pass the gates in no configuration on a target, and why; any other makes `--matrix` fail."""
+
+
 def matrix(device: Device, dtype: torch.dtype, workers: Workers, width: int) -> list[dict[str, Any]]:
     """A row for every kernel and shape class of ours."""
     launches, names = [], {}
@@ -277,6 +284,10 @@ def main() -> None:
         for duel in DUELS:
             if duel.note:
                 Console().print(f"{duel.what}: {duel.note}.")
+    holes = [(name, line["what"]) for name, rows in everything.items() for line in rows if "registers" not in line]
+    unexpected = [f"{what} on {name}" for name, what in holes if (name, what) not in WITHOUT]
+    if unexpected:
+        sys.exit(f"No configuration passes the gates: {', '.join(unexpected)}")
 
 
 if __name__ == "__main__":
