@@ -278,6 +278,8 @@ def attention(
     check_device(query=query, key=keys_held, value=values_held, query_positions=query_positions, sinks=sinks)
     if not isinstance(key, Codes) and not isinstance(value, Codes):
         check_heads(query, key, value)
+    if keys_held.dtype == torch.float8_e4m3fn and not run.device.fp8:
+        raise BackendError(f"{run.device.name} does not convert e4m3", fix="Store the cache as int8 or e5m2")
     if pages is not None and (isinstance(key, Codes) or isinstance(value, Codes)):
         raise BackendError("No kernel reads a cache that is both paged and quantized")
     batch, heads, length, _ = query.shape
@@ -446,6 +448,9 @@ SHAPES: Mapping[str, Callable[[Runner, torch.dtype], Any]] = {
         pages=Pages(meta(torch.int32, 1, 256), meta(torch.int32, 1)),
     ),
     "int8 cache": lambda run, dtype: _shape(run, dtype, 4096, cache=(_coded(4096, 8), _coded(4096, 8))),
+    "fp8 cache": lambda run, dtype: (
+        _shape(run, dtype, 4096, cache=(_coded(4096, 8, storage=torch.float8_e4m3fn),) * 2) if run.device.fp8 else None
+    ),
     "int4 cache": lambda run, dtype: _shape(
         run, dtype, 4096, cache=(_coded(4096, 4, zero=True), _coded(4096, 4, zero=True))
     ),

@@ -83,7 +83,7 @@ def quantized(shape, kind):
     if kind == "int8":
         return Codes(torch.randint(-127, 128, shape, dtype=torch.int8), torch.rand(batch, heads, keys) * 0.02)
     if kind == "fp8":
-        return Codes(torch.randn(shape).to(torch.float8_e5m2), torch.rand(batch, heads, keys))
+        return Codes(torch.randn(shape).to(torch.float8_e4m3fn), torch.rand(batch, heads, keys))
     packed = torch.randint(0, 256, (batch, heads, keys, dim // 2), dtype=torch.uint8)
     grouped = kind == "kivi"
     steps = (batch, heads, -(-keys // 32), dim) if grouped else (batch, heads, keys)
@@ -91,7 +91,9 @@ def quantized(shape, kind):
     return Codes(packed, torch.rand(steps) * 0.2, zero, bits=4, group=32 if grouped else 0)
 
 
-@pytest.mark.parametrize(("key_kind", "value_kind"), [("int8", "int8"), ("int4", "int4"), ("kivi", "int4")])
+@pytest.mark.parametrize(
+    ("key_kind", "value_kind"), [("int8", "int8"), ("fp8", "fp8"), ("int4", "int4"), ("kivi", "int4")]
+)
 @pytest.mark.parametrize("keys", [9, 333])
 def test_quantized_caches(key_kind, value_kind, keys):
     torch.manual_seed(0)
