@@ -155,7 +155,13 @@ def gated_activation_quantize(gate: Tensor, up: Tensor, activation: str) -> tupl
 _gate_codes = activation.gated_activation_quantize_reference
 
 
-@define(quantize.quantize)
+def _quantize(run: Runner, x: Tensor, scale: Tensor | None, format: str, group_size: int) -> tuple[Tensor, Tensor]:
+    codes, steps = quantize.quantize(run, x, scale, format, group_size)
+    # A custom op must not return its argument.
+    return codes, steps if scale is None else steps.clone()
+
+
+@define(_quantize)
 def quantize_activations(x: Tensor, scale: Tensor | None, format: str, group_size: int) -> tuple[Tensor, Tensor]:
     """Codes and scales of `graphwright.ops.quantize_dequantize`."""
     codes, steps = quantize.quantize_reference(x, scale, format, group_size)

@@ -17,7 +17,7 @@ from graphwright.errors import TargetError
 from graphwright.kernels.triton.device import DEVICES, Device
 from graphwright.kernels.triton.launch import Recorder
 from graphwright.numerics import relative_error
-from graphwright.ops import attention, quantized_linear
+from graphwright.ops import attention, quantize_dequantize, quantized_linear
 from graphwright.program import Program
 from graphwright.recipe import Recipe
 from graphwright.target import GPUS, Target, local_gpu
@@ -144,6 +144,27 @@ def test_group_sizes_without_a_kernel_are_left_alone():
     program = capture(Linear(), (torch.randn(3, 16),))
     (node,) = program.calls(quantized_linear.target)
     assert "groups of 8 have no kernel" in BACKEND.supports(node, GPUS["cuda:sm_90"]).reason
+
+
+def test_a_measured_scale_reaches_the_integer_product():
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("weight", torch.randint(-127, 128, (6, 64), dtype=torch.int8))
+            self.register_buffer("weight_scale", torch.rand(6, 1))
+            self.register_buffer("scale", torch.tensor(0.03))
+
+        def forward(self, x):
+            rounded = quantize_dequantize(x, self.scale, "int8", 0)
+            return quantized_linear(rounded, self.weight, self.weight_scale, None, None, "int8", 64)
+
+    x = torch.randn(3, 64)
+    program = capture(Linear(), (x,))
+    lowered = lowering.lower(program)
+    assert counts(lowered)["integer_linear"] == 1
+    name = program.contract.inputs[0].name
+    assert relative_error(lowered(**{name: x})[0], program(**{name: x})[0]) < 1e-5
+    assert plan.launches(lowered, DEVICES["cuda:sm_90"])
 
 
 def test_a_device_is_one_of_the_table():

@@ -6,7 +6,7 @@ from kernels.interpreted import TOLERANCE, runner
 from kernels.test_quantized_gemm import weights
 
 from graphwright.errors import BackendError
-from graphwright.kernels.triton import embedding, grouped_gemm, integer_gemm, sparse_gemm
+from graphwright.kernels.triton import codebook_gemm, embedding, grouped_gemm, integer_gemm, sparse_gemm
 from graphwright.kernels.triton.device import DEVICES
 from graphwright.kernels.triton.launch import Recorder, meta
 from graphwright.numerics import relative_error
@@ -98,6 +98,37 @@ def test_two_in_four(rows, dtype):
     for number in (1, 3):
         actual = sparse_gemm.linear(runner(number), x, values, places, bias)
         assert relative_error(actual, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("rows", [1, 17])
+@pytest.mark.parametrize("books", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_codebooks(rows, books, dtype):
+    torch.manual_seed(0)
+    codes = torch.randint(0, 256, (37, 11, books), dtype=torch.uint8)
+    table, scale, bias = torch.randn(books, 256, 8).to(dtype), torch.rand(37), torch.randn(37)
+    x = torch.randn(rows, 88, dtype=dtype)
+    expected = codebook_gemm.linear_reference(x, codes, table, scale, bias)
+    actual = codebook_gemm.linear(runner(2), x, codes, table, scale, bias)
+    assert relative_error(actual, expected) < TOLERANCE[dtype] * 2
+    with pytest.raises(BackendError, match="entries of 4"):
+        codebook_gemm.linear(runner(), x, codes, table[:, :, :4], scale, bias)
+    with pytest.raises(BackendError, match="x has 80 columns and the weight 88"):
+        codebook_gemm.linear(runner(), x[:, :80], codes, table, scale, bias)
+
+
+@pytest.mark.parametrize("rows", [1, 17])
+def test_outliers_are_added(rows):
+    torch.manual_seed(0)
+    weight = torch.where(torch.rand(29, 70) < 0.1, torch.randn(29, 70), 0.0)
+    weight[3] = 0
+    weight[5] = 1
+    x, out = torch.randn(rows, 70), torch.randn(rows, 29)
+    expected = out + x @ weight.T
+    sparse = weight.to_sparse_csr()
+    ends, columns = sparse.crow_indices()[1:].int(), sparse.col_indices().int()
+    codebook_gemm.outliers(runner(rows), out, x, ends, columns, sparse.values())
+    assert relative_error(out, expected) < 2e-5
 
 
 def test_what_is_not_two_in_four_is_refused():
