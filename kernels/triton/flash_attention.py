@@ -41,7 +41,7 @@ CACHED = 0.25
 
 @triton.jit
 def attend(
-    start, end, query, query_at, slope, batch, head, total, largest, mixed,
+    start, end, query, query_at, slope, total, largest, mixed,
     key_ptr, value_ptr, key_positions_ptr, bias_ptr,
     keys, k_t, v_t, bias_s, bias_t, row, length, scale, softcap, window, chunk, prefix,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -147,7 +147,7 @@ def flash_attention(
         if CAUSAL:
             middle = tl.minimum(middle, block * BLOCK_M // BLOCK_N * BLOCK_N)
         total, largest, mixed = attend(
-            start, middle, query, query_at, slope, batch, head, total, largest, mixed,
+            start, middle, query, query_at, slope, total, largest, mixed,
             key_ptr, value_ptr, key_positions_ptr, bias_ptr,
             keys, k_t, v_t, bias_s, bias_t, row, length, scale, softcap, window, chunk, prefix,
             HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, CAUSAL, WINDOWED, CHUNKED, PREFIXED, CAPPED, False,
@@ -155,7 +155,7 @@ def flash_attention(
         )  # fmt: skip
         start = middle
     total, largest, mixed = attend(
-        start, end, query, query_at, slope, batch, head, total, largest, mixed,
+        start, end, query, query_at, slope, total, largest, mixed,
         key_ptr, value_ptr, key_positions_ptr, bias_ptr,
         keys, k_t, v_t, bias_s, bias_t, row, length, scale, softcap, window, chunk, prefix,
         HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, CAUSAL, WINDOWED, CHUNKED, PREFIXED, CAPPED, True,

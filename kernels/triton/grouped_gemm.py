@@ -31,7 +31,7 @@ MOST_EXPERTS = 1024
 
 @triton.jit
 def grouped_gemm(
-    x_ptr, weight_ptr, ends_ptr, out_ptr, rows, x_row, outputs, features, experts,
+    x_ptr, weight_ptr, ends_ptr, out_ptr, x_row, outputs, features, experts,
     EVEN: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +68,7 @@ def grouped_gemm(
 
 
 @triton.jit
-def zero_rows(out_ptr, ends_ptr, rows, outputs, experts, BLOCK_N: tl.constexpr):
+def zero_rows(out_ptr, ends_ptr, outputs, experts, BLOCK_N: tl.constexpr):
     """Rows after the last group's end are zeros."""
     row = tl.program_id(0)
     if row >= tl.load(ends_ptr + experts - 1):
@@ -100,7 +100,7 @@ def place_choices(choices_ptr, order_ptr, ends_ptr, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def gather_rows(
-    x_ptr, index_ptr, weight_ptr, out_ptr, rows, x_row, width, per_row,
+    x_ptr, index_ptr, weight_ptr, out_ptr, x_row, width, per_row,
     COMBINE: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """out[r] = x[index[r]], or the weighted sum of `per_row` such rows."""
@@ -140,7 +140,7 @@ def grouped_linear(run: Runner, x: Tensor, weight: Tensor, ends: Tensor) -> Tens
         Launch(
             grouped_gemm,
             {
-                "x_ptr": flat, "weight_ptr": weight.contiguous(), "ends_ptr": ends, "out_ptr": out, "rows": rows,
+                "x_ptr": flat, "weight_ptr": weight.contiguous(), "ends_ptr": ends, "out_ptr": out,
                 "x_row": flat.stride(0), "outputs": outputs, "features": features, "experts": experts,
             },
             {"EVEN": features % block == 0, "BLOCK_EXPERTS": next_power_of_2(experts), "BLOCK_K": block},
@@ -154,7 +154,7 @@ def grouped_linear(run: Runner, x: Tensor, weight: Tensor, ends: Tensor) -> Tens
     run(
         Launch(
             zero_rows,
-            {"out_ptr": out, "ends_ptr": ends, "rows": rows, "outputs": outputs, "experts": experts},
+            {"out_ptr": out, "ends_ptr": ends, "outputs": outputs, "experts": experts},
             {},
             (Config.of(4, BLOCK_N=1024),),
             lambda c: (rows, cdiv(outputs, c["BLOCK_N"])),
@@ -202,7 +202,7 @@ def _move(run: Runner, x: Tensor, index: Tensor, weights: Tensor | None, rows: i
     run(
         Launch(
             gather_rows,
-            {"x_ptr": flat, "index_ptr": index.contiguous(), "weight_ptr": weights, "out_ptr": out, "rows": rows,
+            {"x_ptr": flat, "index_ptr": index.contiguous(), "weight_ptr": weights, "out_ptr": out,
              "x_row": flat.stride(0), "width": width, "per_row": per_row},
             {"COMBINE": weights is not None, "BLOCK_PARTS": next_power_of_2(per_row)},
             (Config.of(4, BLOCK_WIDTH=1024), Config.of(4, BLOCK_WIDTH=512), Config.of(8, BLOCK_WIDTH=2048)),

@@ -31,7 +31,7 @@ SPAN = 4096
 
 
 @triton.jit
-def softmax_rows(x_ptr, out_ptr, rows, width, x_row, scale, BLOCK: tl.constexpr):
+def softmax_rows(x_ptr, out_ptr, width, x_row, scale, BLOCK: tl.constexpr):
     """One row: a pass for its largest value and sum together, and a pass that writes."""
     row = tl.program_id(0).to(tl.int64)
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -99,7 +99,7 @@ def softmax(run: Runner, x: Tensor, temperature: float = 1.0) -> Tensor:
     run(
         Launch(
             softmax_rows,
-            {"x_ptr": flat, "out_ptr": out, "rows": rows, "width": width, "x_row": flat.stride(0),
+            {"x_ptr": flat, "out_ptr": out, "width": width, "x_row": flat.stride(0),
              "scale": 1.0 / temperature},
             {"BLOCK": block},
             tuple(Config.of(warps) for warps in ((8, 4, 16) if block >= 2048 else (4,))),
