@@ -47,6 +47,13 @@ class Manifest:
     backend: str
     recipe: dict[str, Any]
     files: dict[str, dict[str, Any]]
+    also: tuple[str, ...] = ()
+    """Targets besides `target` that the artifact holds kernels for."""
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Every target that the artifact runs on."""
+        return (self.target, *self.also)
 
 
 @contextmanager
@@ -83,7 +90,9 @@ def _refuse_existing(final: Path, overwrite: bool) -> None:
         raise ArtifactError(f"{final} holds an artifact already", fix="Pass overwrite=True, or --force")
 
 
-def write_manifest(directory: Path, target: Target, backend: str, recipe: Mapping[str, Any]) -> None:
+def write_manifest(
+    directory: Path, target: Target, backend: str, recipe: Mapping[str, Any], also: tuple[str, ...] = ()
+) -> None:
     """Writes the manifest over all files that are in `directory` now."""
     files = {
         str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": digest(path)}
@@ -100,6 +109,7 @@ def write_manifest(directory: Path, target: Target, backend: str, recipe: Mappin
         "features": list(target.features),
         "backend": backend,
         "recipe": dict(recipe),
+        "also": list(also),
         "files": files,
     }
     (directory / MANIFEST).write_text(json.dumps(data, indent=1))
@@ -116,7 +126,7 @@ def read_manifest(directory: Path | str) -> Manifest:
         raise ArtifactError(f"{directory} is no Graphwright artifact: it has no {MANIFEST}")
     try:
         data = json.loads(path.read_text())
-        manifest = Manifest(**{**data, "features": tuple(data["features"])})
+        manifest = Manifest(**{**data, "features": tuple(data["features"]), "also": tuple(data.get("also", ()))})
     except (ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}", fix="Compile the model again") from error
     if manifest.format != FORMAT:
@@ -152,9 +162,12 @@ def _check_versions(folder: Path, manifest: Manifest) -> None:
 
 
 def _check_target(folder: Path, manifest: Manifest, target: Target) -> None:
+    if target.name in manifest.also:
+        return
     if manifest.target != target.name or manifest.arch != target.arch:
+        made_for = ", ".join((f"{manifest.target} ({manifest.arch})", *manifest.also))
         raise ArtifactError(
-            f"{folder} was compiled for {manifest.target} ({manifest.arch}), and this is {target.name} ({target.arch})",
+            f"{folder} was compiled for {made_for}, and this is {target.name} ({target.arch})",
             fix="Compile the model for this machine",
         )
     missing = sorted(set(manifest.features) - set(target.features))

@@ -8,7 +8,7 @@ from those files and the program's weights, without the graph.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, fx
 
@@ -68,8 +68,22 @@ class Backend(Protocol):
         """The executable from the files in `directory` and the weights by name, which are shared, not copied."""
         ...
 
+
+@runtime_checkable
+class JustInTimeBackend(Protocol):
+    """A backend that also compiles in this process, for the torch.compile face."""
+
     def jit(self, program: Program) -> Callable[[Sequence[Any]], Any]:
-        """A callable over the contract's inputs in order, compiled in this process, for the torch.compile face."""
+        """A callable over the contract's inputs in order."""
+        ...
+
+
+@runtime_checkable
+class KernelLister(Protocol):
+    """A backend that can say what its compiled kernels are made of."""
+
+    def kernels(self, directory: Path) -> list[dict[str, Any]]:
+        """One row for every kernel in an artifact's directory of compiled files."""
         ...
 
 

@@ -24,13 +24,16 @@ import graphwright
 from graphwright import accuracy, exporting, recipe, registry, speed
 from graphwright import bisect as bisection
 from graphwright import doctor as health
-from graphwright.artifact import MANIFEST
+from graphwright.artifact import MANIFEST, read_manifest
+from graphwright.artifact import verify as verify_artifact
+from graphwright.backend import KernelLister
 from graphwright.capture import capture
-from graphwright.compiled import Compiled, CompileOptions, rewrite
+from graphwright.compiled import KERNELS, Compiled, CompileOptions, rewrite
 from graphwright.engine.tokenizer import Tokenizer
 from graphwright.errors import GraphwrightError
 from graphwright.feeding import logits_of
 from graphwright.program import Program
+from graphwright.report.collect import Report
 from graphwright.report.terminal import print_report
 from graphwright.sources import open_model
 from graphwright.target import Target, known_targets
@@ -60,6 +63,9 @@ def compile(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the artifact")],
     recipe: RecipeName = "int4",
     target: TargetName = "cpu",
+    also: Annotated[
+        list[str] | None, typer.Option(help="One more target in the same artifact; may be repeated")
+    ] = None,
     backend: Annotated[str, typer.Option(help="Backend; the target's own by default")] = "",
     force: Annotated[bool, typer.Option("--force", help="Overwrite an artifact that is there")] = False,
     verify: Annotated[bool, typer.Option(help="Compare numbers after every pass")] = True,
@@ -73,9 +79,11 @@ def compile(
     if output.exists() and not force and any(output.iterdir()):
         raise GraphwrightError(f"{output} exists already", fix="Choose another directory, or pass --force")
     with _progress() as progress:
-        options = CompileOptions(backend=backend, verify=verify, seed=seed, dump=dump, progress=progress)
+        options = CompileOptions(
+            backend=backend, verify=verify, seed=seed, dump=dump, progress=progress, also=tuple(also or ())
+        )
         compiled = graphwright.compile(model, recipe, target, options=options)
-        if measure and compiled.program.contract.state:
+        if measure and compiled.program.contract.state and compiled.target.here:
             compiled.report.speed = _speed(compiled, progress=progress).to_json()
     compiled.save(output, overwrite=force)
     if as_json:
@@ -172,16 +180,15 @@ def inspect(
     path: Annotated[str, typer.Argument(help="Artifact directory, or a model as in compile")],
     graph: Annotated[bool, typer.Option(help="Print the graph")] = False,
     raised: Annotated[bool, typer.Option(help="A model: print it after raising")] = True,
+    kernels: Annotated[bool, typer.Option("--kernels", help="An artifact: list its compiled kernels")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what an artifact or a model holds: contract, history, ops, graph."""
+    """Show what an artifact or a model holds: contract, history, ops, graph, kernels."""
     if (Path(path) / MANIFEST).is_file():
-        compiled = graphwright.load(path)
-        if graph or as_json:
-            _show(compiled.program, graph, as_json)
-        else:
-            print_report(compiled.report, console)
+        _inspect_artifact(Path(path), graph, kernels, as_json)
         return
+    if kernels:
+        raise GraphwrightError(f"{path} is no artifact, so it has no compiled kernels", fix="Compile it first")
     program = capture_named(path)
     if raised:
         program = rewrite(program, recipe.Recipe.load("none"), Target.parse("cpu"))
@@ -344,6 +351,22 @@ def _reference(model: str) -> accuracy.Logits:
 def _set_threads(threads: int) -> None:
     if threads:
         torch.set_num_threads(threads)
+
+
+def _inspect_artifact(folder: Path, graph: bool, kernels: bool, as_json: bool) -> None:
+    """Reads an artifact without running it, so that any machine can look into it."""
+    manifest = read_manifest(folder)
+    verify_artifact(folder, Target.parse(manifest.target))
+    # The backend comes first: the program may be made of ops that it defines.
+    backend = registry.backend(manifest.backend)
+    if kernels:
+        if not isinstance(backend, KernelLister):
+            raise GraphwrightError(f"Backend {manifest.backend} keeps no list of kernels")
+        _print_rows("Kernels", backend.kernels(folder / KERNELS), as_json)
+    elif graph or as_json:
+        _show(Program.load(folder), graph, as_json)
+    else:
+        print_report(Report.load(folder / "report.json"), console)
 
 
 def _show(program: Program, graph: bool, as_json: bool) -> None:

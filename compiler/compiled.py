@@ -32,7 +32,7 @@ from graphwright.report.collect import Report, collect
 from graphwright.report.html import render
 from graphwright.rewrite import Fuel
 from graphwright.sources import open_model
-from graphwright.target import Target
+from graphwright.target import Target, local_gpu
 
 KERNELS, TOKENIZER = "kernels", "tokenizer"
 
@@ -54,6 +54,7 @@ class CompileOptions:
         observers: called after each pass.
         progress: called with what is being done and the finished fraction.
         fuel: the number of rewrites that may happen, None for all.
+        also: more targets of the same backend to compile for, into one artifact.
     """
 
     backend: str = ""
@@ -64,6 +65,7 @@ class CompileOptions:
     observers: tuple[Observer, ...] = ()
     progress: Progress = _silent
     fuel: int | None = None
+    also: tuple[str, ...] = ()
 
 
 def rewrite(
@@ -120,6 +122,10 @@ def compile(
     wanted = Recipe.load(recipe)
     machine = target if isinstance(target, Target) else Target.parse(target)
     candidates = backends_for(machine, options.backend)
+    others = [Target.parse(name) for name in dict.fromkeys(options.also) if name != machine.name]
+    for other in others:
+        for candidate in candidates:
+            backends_for(other, candidate.name)
     plan_passes(wanted)
     workspace = tempfile.TemporaryDirectory(prefix="graphwright-")
     folder = Path(workspace.name)
@@ -151,6 +157,8 @@ def compile(
         kernels.mkdir()
         rewritten = lowering.prepare(rewritten, machine)
         executable = lowering.compile(rewritten, machine, kernels, options.progress)
+        for other in others:
+            lowering.compile(rewritten, other, kernels, options.progress)
     report = collect(
         before,
         rewritten,
@@ -161,18 +169,25 @@ def compile(
         seconds=seconds,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
-    return Compiled(rewritten, executable, machine, lowering.name, wanted, folder, report, workspace)
+    also = tuple(other.name for other in others)
+    return Compiled(rewritten, executable, machine, lowering.name, wanted, folder, report, also, workspace)
 
 
-def load(directory: Path | str, *, target: str | Target = "cpu") -> "Compiled":
+def load(directory: Path | str, *, target: str | Target | None = None) -> "Compiled":
     """Loads a saved artifact; needs neither `transformers` nor the model's code.
 
+    Args:
+        directory: of the artifact.
+        target: what to run it on; by default this machine's GPU, if the artifact was made for GPUs, or its CPU.
+
     Raises:
+        TargetError: the artifact is for a GPU that this machine does not have.
         ArtifactError: the artifact is damaged, or was made for another target or version.
     """
     folder = Path(directory)
-    machine = target if isinstance(target, Target) else Target.parse(target)
-    manifest = artifact.verify(folder, machine)
+    manifest = artifact.read_manifest(folder)
+    machine = target if isinstance(target, Target) else Target.parse(target or _target_here(manifest))
+    artifact.verify(folder, machine)
     weights = load_weights(folder / "weights.safetensors")
     # The backend comes first: the program may be made of ops that it defines.
     lowering = registry.backend(manifest.backend)
@@ -180,7 +195,14 @@ def load(directory: Path | str, *, target: str | Target = "cpu") -> "Compiled":
     executable = lowering.load(program.contract, program.weights(), machine, folder / KERNELS)
     report = Report.load(folder / "report.json")
     recipe = Recipe.load(manifest.recipe)
-    return Compiled(program, executable, machine, manifest.backend, recipe, folder, report)
+    also = tuple(name for name in manifest.targets if name != machine.name)
+    return Compiled(program, executable, machine, manifest.backend, recipe, folder, report, also)
+
+
+def _target_here(manifest: artifact.Manifest) -> str:
+    """The artifact's target that is this machine, or its first, whose backend will say what is missing."""
+    gpu = local_gpu()
+    return gpu if gpu in manifest.targets else manifest.target
 
 
 @dataclass
@@ -194,6 +216,7 @@ class Compiled:
     recipe: Recipe
     folder: Path
     report: Report
+    also: tuple[str, ...] = ()
     _workspace: Any = field(default=None, repr=False)
     _generator: Generator | None = field(default=None, repr=False)
 
@@ -242,7 +265,7 @@ class Compiled:
             self.report.artifact_bytes = sum(f.stat().st_size for f in work.rglob("*") if f.is_file())
             self.report.save(work / "report.json")
             (work / "report.html").write_text(render(self.report))
-            artifact.write_manifest(work, self.target, self.backend, self.recipe.to_data())
+            artifact.write_manifest(work, self.target, self.backend, self.recipe.to_data(), self.also)
         return final
 
 

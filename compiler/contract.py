@@ -105,10 +105,10 @@ class Contract:
         generator = torch.Generator().manual_seed(seed)
         return {spec.name: _draw(spec, resolve(spec.shape, concrete), generator) for spec in self.inputs}
 
-    def allocate(self, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    def allocate(self, sizes: Mapping[str, int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Zeroed state tensors of the given sizes."""
         concrete = {dim.name: sizes.get(dim.name, dim.min) for dim in self.dims}
-        return {s.name: torch.zeros(resolve(s.shape, concrete), dtype=s.dtype) for s in self.state}
+        return {s.name: torch.zeros(resolve(s.shape, concrete), dtype=s.dtype, device=device) for s in self.state}
 
     def check(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
         """Checks names, dtypes and shapes of `tensors`; returns the size of every dimension.

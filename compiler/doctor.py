@@ -18,6 +18,7 @@ from graphwright.target import host
 OPTIONAL = {
     "transformers": "reading Hugging Face models: pip install 'graphwright[hf]'",
     "gguf": "reading GGUF files: pip install 'graphwright[hf]'",
+    "triton": "compiling for GPUs: pip install 'graphwright[triton]'",
 }
 
 

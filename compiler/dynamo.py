@@ -19,7 +19,7 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphwright import clean, shapes
-from graphwright.backend import Backend, backends_for, choose
+from graphwright.backend import Backend, JustInTimeBackend, backends_for, choose
 from graphwright.capture import finish
 from graphwright.contract import Contract, Dim, InputSpec
 from graphwright.errors import BackendError, RecipeError, nearest
@@ -55,6 +55,7 @@ def graphwright_backend(
     Raises:
         RecipeError: an option, recipe or pass is unknown.
         TargetError: the target is unknown.
+        BackendError: the backend is unknown, or does not compile for the target.
     """
     chosen = _options(options or {})
     recipe = _keeping_contract(Recipe.load(chosen.recipe))
@@ -118,6 +119,8 @@ class _Region:
         manager = PassManager(context, self.recipe.budget, verify=self.verify and not _writes_inputs(flat))
         rewritten = manager.run(program, plan_passes(self.recipe, program))
         lowering, _ = choose(rewritten, self.target, self.backends)
+        if not isinstance(lowering, JustInTimeBackend):
+            raise BackendError(f"Backend {lowering.name} compiles ahead of time only", fix="Use graphwright.compile")
         run = lowering.jit(rewritten)
         names = {str(node.target) for node in clean.written(rewritten.module) if node.op == "placeholder"}
         return _Densely(run, kept, [str(self.placeholders[i].target) in names for i in kept])

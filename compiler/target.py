@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import torch
 
 from graphwright.errors import TargetError, nearest
 
@@ -42,6 +43,11 @@ class Target:
     flops: dict[str, float] = field(default_factory=dict)
     backends: tuple[str, ...] = ()
 
+    @property
+    def here(self) -> bool:
+        """Whether programs for this target run on this machine."""
+        return self.kind == "cpu" or self.name == local_gpu()
+
     @staticmethod
     def parse(text: str) -> "Target":
         """The target called `text`.
@@ -54,6 +60,16 @@ class Target:
         if text in GPUS:
             return GPUS[text]
         raise TargetError(f"Unknown target {text!r}", fix=nearest(text, known_targets()))
+
+
+def local_gpu() -> str | None:
+    """The target name of this machine's current GPU, such as `cuda:sm_90`; None where PyTorch can use none."""
+    if not torch.cuda.is_available():
+        return None
+    if torch.version.hip:
+        return f"rocm:{torch.cuda.get_device_properties().gcnArchName.partition(':')[0]}"
+    major, minor = torch.cuda.get_device_capability()
+    return f"cuda:sm_{major}{minor}"
 
 
 def known_targets() -> list[str]:
@@ -78,7 +94,7 @@ def _gpu(
     }
     if fp8:
         rates["float8_e4m3fn"] = fp8 * 1e12
-    return Target(name, kind, arch, (), gigabytes << 30, terabytes_per_second * 1e12, rates)
+    return Target(name, kind, arch, (), gigabytes << 30, terabytes_per_second * 1e12, rates, ("triton",))
 
 
 GPUS = {

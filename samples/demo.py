@@ -2,9 +2,9 @@
 
     make demo
 
-Captures the model, compiles it three times (fp32, int8, int4), saves them under `.demo/`, loads the int4 one in a
-fresh process without the modelling library, lets it answer, and compares speed, size and perplexity with eager
-Hugging Face and with torch.compile over a static cache.
+Captures the model, compiles it four times (fp32, int8, int4, and int4 with integer products), saves the results under
+`.demo/`, loads the int4 one in a fresh process without the modelling library, lets it answer, and compares speed, size
+and perplexity with eager Hugging Face and with torch.compile over a static cache.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from graphwright.sources import demo_model, open_model
 sys.path.append(str(Path(__file__).parent / "bench"))
 from peers import HuggingFace, Peer, TorchCompile, interleaved
 
-RECIPES = ("fp32", "int8", "int4")
+RECIPES = ("fp32", "int8", "int4", "int4-dynamic")
 PROMPT = "What is a compiler? Answer in two sentences."
 WINDOW, WINDOWS = 256, 6
 

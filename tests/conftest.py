@@ -1,6 +1,10 @@
 """Fixtures that several folders of tests share."""
 
+import os
 from pathlib import Path
+
+# Triton decides at import whether kernels are interpreted; they are in tests, and compiled in processes of their own.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 from families.configs import build

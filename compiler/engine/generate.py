@@ -192,8 +192,9 @@ class _Steps:
         self._index = names.get("logit_index")
         self._lengths = [len(prompt) for prompt in prompts]
         needed = max(self._lengths) + new_tokens
-        # The last slot of a cache is scratch.
-        self._tensors = contract.allocate({"batch": len(prompts), "capacity": needed + 1})
+        # The last slot of a cache is scratch. Caches lie where the program runs; tokens and logits travel.
+        device = getattr(run, "device", "cpu")
+        self._tensors = contract.allocate({"batch": len(prompts), "capacity": needed + 1}, device)
         self._steps = torch.arange(needed)
         self._live = max(self._lengths)
         self._advance = torch.ones(len(prompts), 1, dtype=torch.int64)

@@ -1,8 +1,10 @@
 """The benchmark against peers: one interleaved run, 2 threads, batch 1, SmolLM2; medians and ratios.
 
-    python samples/bench/compare.py smollm2-fp32 smollm2-int8 smollm2-int4 --rounds 5
+    python samples/bench/compare.py smollm2-fp32 smollm2-int8 smollm2-int4-dynamic --rounds 5 --gguf smollm2-q4_0.gguf
 
-Arguments are artifact directories; the peers are eager Hugging Face and torch.compile with a static cache.
+Arguments are artifact directories; the peers are eager Hugging Face, torch.compile with a static cache, and llama.cpp
+on the GGUF files given. The last column is the share of the memory bandwidth, measured in the same run, that reading
+all weights once per token would need.
 """
 
 import argparse
@@ -19,12 +21,13 @@ from graphwright.sources import demo_model, open_model
 
 # PYTHONSAFEPATH keeps a script's own folder off the path; this one is wanted.
 sys.path.append(str(Path(__file__).parent))
-from peers import HuggingFace, Peer, TorchCompile, interleaved
+from peers import HuggingFace, LlamaCpp, Peer, TorchCompile, interleaved, read_bandwidth
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("artifacts", nargs="+", type=Path)
+    parser.add_argument("--gguf", type=Path, action="append", default=[], help="a file for llama.cpp")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=48)
@@ -36,6 +39,8 @@ def main() -> None:
     model = open_model(demo_model()).model
     peers: list[Peer] = [HuggingFace(model), TorchCompile(model)]
     peers += [Peer.of_artifact(path.name, graphwright.load(path)) for path in arguments.artifacts]
+    peers += [LlamaCpp(path) for path in arguments.gguf]
+    bandwidth = read_bandwidth()
     timings = interleaved(
         peers,
         prompt_tokens=arguments.prompt_tokens,
@@ -52,13 +57,15 @@ def main() -> None:
             "prefill tok/s": round(timings[peer.name].prefill, 1),
             "prefill x eager": round(timings[peer.name].prefill / eager.prefill, 2),
             "weights MB": round(peer.weight_bytes / 1e6, 1),
+            "% of bandwidth": round(100 * peer.weight_bytes * timings[peer.name].decode / bandwidth),
         }
         for peer in peers
     ]
     if arguments.json:
         print(json.dumps(rows, indent=1))
         return
-    table = Table(title=f"{arguments.threads} threads, batch 1, medians of {arguments.rounds} rounds")
+    title = f"{arguments.threads} threads, batch 1, medians of {arguments.rounds} rounds; "
+    table = Table(title=f"{title}memory reads {bandwidth / 1e9:.1f} GB/s")
     for column in rows[0]:
         table.add_column(column, justify="left" if column == "peer" else "right")
     for row in rows:

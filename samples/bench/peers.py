@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,6 +93,36 @@ def _stepper(model: Any, step: Any, capacity: int) -> Callable[[int, int], None]
             )
 
     return run
+
+
+def LlamaCpp(file: Path) -> Peer:  # noqa: N802
+    """llama.cpp on a GGUF file; needs the package llama-cpp-python (extra `bench`)."""
+    from llama_cpp import Llama
+
+    def make(capacity: int) -> Callable[[int, int], None]:
+        threads = torch.get_num_threads()
+        model = Llama(str(file), n_ctx=capacity, n_threads=threads, n_threads_batch=threads, verbose=False)
+        ids = torch.randint(0, model.n_vocab(), (capacity,), generator=torch.Generator().manual_seed(0)).tolist()
+
+        def run(start: int, end: int) -> None:
+            if start == 0:
+                model.reset()
+            model.eval(ids[start:end])
+
+        return run
+
+    return Peer(f"llama.cpp {file.stem}", file.stat().st_size, make)
+
+
+def read_bandwidth(repetitions: int = 5) -> float:
+    """Bytes per second that all threads read from memory: the best of some sums over half a gigabyte."""
+    data = torch.ones(1 << 27)
+    best = 0.0
+    for _ in range(repetitions):
+        started = time.perf_counter()
+        data.sum()
+        best = max(best, data.nbytes / (time.perf_counter() - started))
+    return best
 
 
 def interleaved(

@@ -75,7 +75,8 @@ def test_as_a_torch_compile_backend():
     run = torch.compile(model, backend="graphwright", options={"recipe": recipe, "backend": "tvm"}, dynamic=True)
     for rows in (1, 5):
         x = torch.randn(rows, 64)
-        assert float((run(x) - model(x)).norm() / model(x).norm()) < 0.02
+        with torch.no_grad():
+            assert float((run(x) - model(x)).norm() / model(x).norm()) < 0.02
 
 
 @pytest.mark.parametrize("name", ["tiled_linear", "tiled_embedding"])

@@ -123,4 +123,6 @@ def test_grouped_linear_equals_a_loop():
 
 
 def test_all_ops_are_exported():
-    assert set(graphwright.ops.__all__) == set(OPS)
+    # Backends register ops of their own beside these.
+    core = {name for name, op in OPS.items() if op.reference.__module__.startswith("graphwright.ops.")}
+    assert core == set(graphwright.ops.__all__)

@@ -98,7 +98,11 @@ def test_bisect_finds_nothing_wrong_and_something(tiny_model_directory):
     [
         (("compile", "MODEL", "-o", "OUT", "--recipe", "int9"), "Unknown recipe 'int9'"),
         (("compile", "MODEL", "-o", "OUT", "--target", "cpuu"), "Unknown target 'cpuu'. Did you mean cpu?"),
-        (("compile", "MODEL", "-o", "OUT", "--target", "cuda:sm_90"), "No backend of this version compiles for"),
+        (
+            ("compile", "MODEL", "-o", "OUT", "--target", "cuda:sm_99"),
+            "Unknown target 'cuda:sm_99'. Did you mean cuda:sm_90?",
+        ),
+        (("compile", "MODEL", "-o", "OUT", "--also", "cuda:sm_90"), "compiles for cpu, and cuda:sm_90 is cuda"),
         (("compile", "MODEL", "-o", "OUT", "--backend", "tvmm"), "Unknown backend 'tvmm'"),
         (("compile", "missing.gguf", "-o", "OUT"), "missing.gguf"),
         (("compile", "no.such.module:factory", "-o", "OUT"), "no.such.module"),

@@ -1,0 +1,140 @@
+"""Products with weights of which two in four are kept: half the bytes travel, and zeros are filled in on the chip.
+
+Mishra et al. 2021, arXiv:2104.08378, for the pattern. A group of four weights along K is two values and one byte, the
+place of the first in bits 0 and 1 and of the second in bits 2 and 3. First and second values lie in planes of their
+own, and four products run over the columns of equal place, so weights load in contiguous runs. Few rows are bound by
+the bytes of the weight, which is what this saves; dense instructions multiply, so many rows gain nothing.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from graphwright.errors import BackendError
+from graphwright.kernels.triton.device import Device
+from graphwright.kernels.triton.launch import (
+    Config,
+    Launch,
+    Runner,
+    Work,
+    cdiv,
+    check_device,
+    meta,
+    rows_of,
+)
+
+
+@triton.jit
+def sparse_gemm(
+    x_ptr, values_ptr, places_ptr, bias_ptr, out_ptr, rows, x_row, outputs, groups,
+    EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of the result; BLOCK_K counts groups of four columns."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    wanted = output < outputs
+    inner = tl.arange(0, BLOCK_K)
+    x_at = x_ptr + row.to(tl.int64)[:, None] * x_row
+    here = output.to(tl.int64)[None, :] * groups
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(0, groups, BLOCK_K):
+        group = first + inner
+        mask, x_mask = wanted[None, :], row[:, None] < rows
+        if not EVEN:
+            mask = mask & (group[:, None] < groups)
+            x_mask = x_mask & (group[None, :] < groups)
+        places = tl.load(places_ptr + here + group[:, None], mask=mask, other=0).to(tl.int32)
+        one = tl.load(values_ptr + 2 * here + group[:, None], mask=mask, other=0.0)
+        two = tl.load(values_ptr + 2 * here + groups + group[:, None], mask=mask, other=0.0)
+        for place in tl.static_range(4):
+            weight = tl.where((places & 3) == place, one, tl.where(((places >> 2) & 3) == place, two, 0.0))
+            x = tl.load(x_at + (4 * group + place)[None, :], mask=x_mask, other=0.0)
+            total = tl.dot(x, weight.to(x.dtype), total, input_precision="ieee")
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + output, mask=wanted, other=0.0).to(tl.float32)[None, :]
+    stored = (row[:, None] < rows) & wanted[None, :]
+    target = out_ptr + row.to(tl.int64)[:, None] * outputs + output[None, :]
+    tl.store(target, total.to(out_ptr.dtype.element_ty), mask=stored)
+
+
+def compress(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Values [N, 2, K / 4] and places uint8 [N, K / 4] of a weight [N, K] with at most two non-zeros in every four.
+
+    Raises:
+        BackendError: K is no multiple of four, or a group has more than two non-zeros.
+    """
+    if weight.shape[1] % 4:
+        raise BackendError(f"Rows of {weight.shape[1]} are not made of groups of four")
+    grouped = weight.unflatten(-1, (-1, 4))
+    if ((grouped != 0).sum(-1) > 2).any():
+        raise BackendError("A group of four weights has more than two non-zeros", fix="Prune the weight to 2:4 first")
+    # The two largest, in the order of their places; zeros fill up groups that have fewer.
+    places = grouped.abs().topk(2, dim=-1).indices.sort(-1).values
+    values = grouped.gather(-1, places).movedim(-1, 1).contiguous()
+    return values, (places[..., 0] | (places[..., 1] << 2)).to(torch.uint8)
+
+
+def linear_reference(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None) -> Tensor:
+    """The same over the dense weight."""
+    dense = values.new_zeros(*places.shape, 4)
+    code = places.long()
+    dense.scatter_(-1, (code & 3)[..., None], values[:, 0, :, None])
+    dense.scatter_add_(-1, (code >> 2)[..., None], values[:, 1, :, None])
+    return torch.nn.functional.linear(x, dense.flatten(1), bias)
+
+
+def linear(run: Runner, x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None) -> Tensor:
+    """`x` [..., K] times the compressed weight, plus bias [N]; in the dtype of `x`."""
+    check_device(x=x, values=values, places=places, bias=bias)
+    flat = rows_of(x)
+    rows = flat.shape[0]
+    outputs, groups = places.shape
+    if flat.shape[1] != 4 * groups:
+        raise BackendError(f"x has {flat.shape[1]} columns and the weight {4 * groups}")
+    out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
+    block = 16 if x.dtype == torch.float32 or run.device.matrix_unit == "wmma" else 32
+    run(
+        Launch(
+            sparse_gemm,
+            {"x_ptr": flat, "values_ptr": values, "places_ptr": places, "bias_ptr": bias, "out_ptr": out,
+             "rows": rows, "x_row": flat.stride(0), "outputs": outputs, "groups": groups},
+            {"EVEN": groups % block == 0, "BLOCK_K": block},
+            configs(run.device, rows),
+            lambda c: (cdiv(rows, c["BLOCK_M"]), cdiv(outputs, c["BLOCK_N"])),
+            lambda c: _work(c, groups, x, block),
+            matrix=x.dtype != torch.float32,
+            static=frozenset(("x_row", "outputs", "groups")),
+        )
+    )  # fmt: skip
+    return out
+
+
+def configs(device: Device, rows: int) -> tuple[Config, ...]:
+    """Tiles for up to 16 rows, and for more."""
+    deep = 2 if device.target.kind == "rocm" else 3
+    if rows <= 16:
+        tiles = [(16, 64, 4, deep), (16, 32, 4, deep), (16, 64, 4, 1), (16, 32, 4, 1), (16, 16, 2, 1)]
+    else:
+        tiles = [(64, 64, 4, deep), (64, 64, 8, deep), (64, 32, 4, 2), (32, 32, 4, 1), (64, 64, 8, 1)]
+    return tuple(Config.of(warps, stages, BLOCK_M=m, BLOCK_N=n) for m, n, warps, stages in tiles)
+
+
+def _work(config: Config, groups: int, x: Tensor, block: int) -> Work:
+    m, n, size = config["BLOCK_M"], config["BLOCK_N"], x.element_size()
+    moved = groups * (n * (2 * size + 1) + m * size)
+    step = block * (n * (2 * size + 1) + 4 * m * size) * max(1, config.num_stages - 1)
+    return Work(8 * m * n * groups, moved, str(x.dtype).removeprefix("torch."), step)
+
+
+def _shape(run: Runner, dtype: torch.dtype, rows: int) -> Tensor:
+    return linear(run, meta(dtype, rows, 4096), meta(dtype, 4096, 2, 1024), meta(torch.uint8, 4096, 1024), None)
+
+
+SHAPES: Mapping[str, Callable[[Runner, torch.dtype], Any]] = {
+    "16 rows": lambda run, dtype: _shape(run, dtype, 16),
+    "512 rows": lambda run, dtype: _shape(run, dtype, 512),
+}

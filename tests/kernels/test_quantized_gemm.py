@@ -1,0 +1,97 @@
+"""Products with packed weights in the interpreter against the op's reference, over rows, groups with tails and formats."""
+
+import pytest
+import torch
+from kernels.interpreted import TOLERANCE, runner
+
+from graphwright import packing
+from graphwright.errors import BackendError
+from graphwright.kernels.triton import quantized_gemm
+from graphwright.numerics import relative_error
+from graphwright.op import OPS
+from graphwright.ops import quantized_linear as op
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_every_sample_of_the_op(dtype):
+    torch.manual_seed(0)
+    for number, sample in enumerate(OPS["quantized_linear"].samples_of(dtype)):
+        actual = quantized_gemm.quantized_linear(runner(number), *sample.args)
+        assert relative_error(actual, op.reference(*sample.args)) < TOLERANCE[dtype] * 2
+
+
+def weights(format, group_size, outputs, features, asymmetric):
+    groups = -(-features // group_size)
+    low, high = packing.FORMATS[format].low, packing.FORMATS[format].high
+    codes = torch.randint(low, high + 1, (outputs, groups * group_size))
+    zero = torch.randint(low, high + 1, (outputs, groups)).float() if asymmetric else None
+    return packing.pack(codes, format, group_size), torch.rand(outputs, groups) * 0.1, zero
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17, 70])
+@pytest.mark.parametrize(
+    ("format", "group_size", "features"),
+    [("int4", 64, 200), ("int4", 32, 96), ("int4", 200, 200), ("int8", 33, 99), ("int8", 300, 300)],
+)
+def test_rows_and_group_tails(rows, format, group_size, features):
+    torch.manual_seed(0)
+    for asymmetric in (False, True):
+        weight, scale, zero = weights(format, group_size, 37, features, asymmetric)
+        x, bias = torch.randn(rows, features), torch.randn(37)
+        actual = quantized_gemm.quantized_linear(runner(4), x, weight, scale, zero, bias, format, group_size)
+        expected = op.reference(x, weight, scale, zero, bias, format, group_size)
+        assert relative_error(actual, expected) < 5e-5
+
+
+def test_every_configuration_of_every_class():
+    torch.manual_seed(0)
+    weight, scale, zero = weights("int4", 32, 70, 160, True)
+    for rows, count in ((1, 10), (5, 5), (40, 5), (70, 6)):
+        x = torch.randn(rows, 160, dtype=torch.float16)
+        expected = op.reference(x, weight, scale, zero, None, "int4", 32)
+        for number in range(count):
+            actual = quantized_gemm.quantized_linear(runner(number), x, weight, scale, zero, None, "int4", 32)
+            assert relative_error(actual, expected) < 8e-3
+
+
+def test_splitting_the_inner_dimension_gives_the_whole():
+    torch.manual_seed(0)
+    weight, scale, zero = weights("int4", 32, 16, 1024, True)
+    x, bias = torch.randn(4, 1024), torch.randn(16)
+    assert quantized_gemm.split_k(4, 16, 32, runner().device) == 8
+    actual = quantized_gemm.quantized_linear(runner(), x, weight, scale, zero, bias, "int4", 32)
+    assert relative_error(actual, op.reference(x, weight, scale, zero, bias, "int4", 32)) < 5e-5
+
+
+@pytest.mark.parametrize("values", [quantized_gemm.NF4, quantized_gemm.FP4], ids=["nf4", "fp4"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_codes_that_index_a_table(values, rows):
+    torch.manual_seed(0)
+    weight = torch.randint(0, 256, (19, 32), dtype=torch.uint8)
+    scale, table, x = torch.rand(19, 2), torch.tensor(values), torch.randn(rows, 64)
+    actual = quantized_gemm.linear(runner(), x, weight, scale, None, None, 2, 32, table=table)
+    assert relative_error(actual, quantized_gemm.table_reference(x, weight, scale, table, 32)) < 5e-5
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_four_codes_to_a_byte(rows):
+    torch.manual_seed(0)
+    codes = torch.randint(0, 4, (19, 2, 4, 16))
+    weight = (codes << (2 * torch.arange(4))[:, None]).sum(2).to(torch.uint8).flatten(1)
+    scale, zero, x = torch.rand(19, 2), torch.rand(19, 2) * 3, torch.randn(rows, 128)
+    dense = (codes.flatten(2) - zero[..., None]) * scale[..., None]
+    actual = quantized_gemm.linear(runner(), x, weight, scale, zero, None, 4, 64)
+    assert relative_error(actual, x @ dense.flatten(1).T) < 5e-5
+
+
+def test_refusals_say_what_there_is():
+    weight, scale, zero = weights("int4", 8, 4, 16, True)
+    x = torch.randn(2, 16)
+    with pytest.raises(BackendError, match="groups of 8.*16 to 32768"):
+        quantized_gemm.quantized_linear(runner(), x, weight, scale, zero, None, "int4", 8)
+    with pytest.raises(BackendError, match="int3.*int8, int4"):
+        quantized_gemm.quantized_linear(runner(), x, weight, scale, zero, None, "int3", 16)
+    with pytest.raises(BackendError, match="8 bytes a row"):
+        quantized_gemm.quantized_linear(runner(), x, weight, scale, zero, None, "int4", 32)
+    with pytest.raises(BackendError, match="contiguous"):
+        quantized_gemm.quantized_linear(runner(), x, weight.T.contiguous().T, scale[:, :1], None, None, "int4", 16)
