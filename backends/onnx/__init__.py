@@ -1,0 +1,1 @@
+"""ONNX: the rewritten program as one model that other runtimes serve; see `exporter`."""

@@ -1,0 +1,103 @@
+"""Low-bit weights in operators of ai.onnx: DequantizeLinear in front of an ordinary product or lookup.
+
+A weight [N, K] in G groups is stored as rows [N * G, group_size] with one scale and one zero point each, which
+DequantizeLinear has read since opset 13; 4-bit codes are of type UINT4, which it has read since opset 21.
+"""
+
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx
+
+from graphwright import ops, packing
+from graphwright.backends.onnx.translate import OfNode, Translator, onnx_dtype
+from graphwright.match import argument
+
+FOUR_BIT_OPSET = 21
+
+
+def dequantized(t: Translator, node: fx.Node) -> tuple[ir.Value, int]:
+    """The float32 weight [N, G * group_size] of a quantized node, and its padded width."""
+    weight, scale, zero_point = (t.tensor(argument(node, name)) for name in ("weight", "scale", "zero_point"))
+    format, group_size = argument(node, "format"), argument(node, "group_size")
+    name = str(argument(node, "weight").target)
+    assert weight is not None and scale is not None  # noqa: S101, PT018
+    outputs, groups = scale.shape
+
+    def make() -> ir.Value:
+        b = t.builder
+        codes = packing.unpack(weight, format, group_size).reshape(outputs * groups, group_size)
+        stored = _stored(t, f"{name}_codes", codes, format)
+        points = zeros(zero_point, scale, format)
+        if points.is_floating_point():
+            raise t.refuse("Zero points between codes have no form in DequantizeLinear", "Use profile=ort")
+        zero = _stored(t, f"{name}_codes_zero", points.reshape(-1), format) if points.any() else None
+        scales = b.weight(f"{name}_codes_scale", scale.float().reshape(-1))
+        rows = b("DequantizeLinear", stored, scales, zero, axis=0)
+        return b("Reshape", rows, b.ints([outputs, groups * group_size]))
+
+    made: ir.Value = t.shared_value(("dequantized", name), make)
+    return made, groups * group_size
+
+
+def zeros(zero_point: Tensor | None, scale: Tensor, format: str) -> Tensor:
+    """Zero points [N, G] as they are given, else the format's own code of zero."""
+    if zero_point is None:
+        return torch.full(scale.shape, packing.FORMATS[format].zero, dtype=packing.FORMATS[format].storage)
+    if zero_point.is_floating_point() and torch.equal(zero_point, zero_point.round()):
+        return zero_point.to(packing.FORMATS[format].storage)
+    return zero_point
+
+
+def _stored(t: Translator, name: str, codes: Tensor, format: str) -> ir.Value:
+    """Codes as an initializer of the narrowest type that the opset has."""
+    if packing.FORMATS[format].bits != 4 or t.options.opset < FOUR_BIT_OPSET:
+        return t.builder.weight(name, codes.to(packing.FORMATS[format].storage))
+    if codes.shape[-1] % 2:
+        raise t.refuse("An odd number of 4-bit codes cannot be packed", "Use profile=ort")
+    pairs = codes.to(torch.uint8).unflatten(-1, (-1, 2))
+    return t.builder.weight(name, pairs[..., 0] | (pairs[..., 1] << 4), ir.DataType.UINT4)
+
+
+def quantized_linear(t: Translator, node: fx.Node) -> ir.Value:
+    """The product with the dequantized weight, whose padding is cut off."""
+    b, x, bias = t.builder, t.value(node.args[0]), argument(node, "bias")
+    features = int(node.args[0].meta["val"].shape[-1])  # type: ignore[union-attr]
+    weight, width = dequantized(t, node)
+    if width != features:
+        weight = b("Slice", weight, b.ints([0]), b.ints([features]), b.ints([1]))
+    if x.dtype != ir.DataType.FLOAT:
+        weight = b("Cast", weight, to=x.dtype)
+    product = b("MatMul", x, b("Transpose", weight, perm=[1, 0]))
+    return product if bias is None else b("Add", product, t.value(bias))
+
+
+def quantized_embedding(t: Translator, node: fx.Node) -> ir.Value:
+    """Rows are looked up as codes, so that only they are dequantized."""
+    b, indices = t.builder, t.value(node.args[0])
+    weight, scale, zero_point = (t.tensor(argument(node, name)) for name in ("weight", "scale", "zero_point"))
+    format, group_size = argument(node, "format"), argument(node, "group_size")
+    name = str(argument(node, "weight").target)
+    assert weight is not None and scale is not None  # noqa: S101, PT018
+    kind = packing.FORMATS[format]
+    codes = packing.unpack(weight, format, group_size).to(kind.storage).unflatten(-1, (-1, group_size))
+    rows = b("Cast", b("Gather", b.weight(f"{name}_rows", codes), indices, axis=0), to=ir.DataType.FLOAT)
+    points = zeros(zero_point, scale, format).float().unsqueeze(-1)
+    shift = b("Gather", b.weight(f"{name}_rows_zero", points), indices, axis=0) if points.any() else None
+    scales = b("Gather", b.weight(f"{name}_rows_scale", scale.float().unsqueeze(-1)), indices, axis=0)
+    dense = b("Mul", rows if shift is None else b("Sub", rows, shift), scales)
+    rank = int(node.args[0].meta["val"].dim())  # type: ignore[union-attr]
+    dense = b("Reshape", dense, b.ints([*[0] * rank, -1]))
+    width = argument(node, "embedding_dim")
+    if width != codes.shape[1] * group_size:
+        dense = b("Slice", dense, b.ints([0]), b.ints([width]), b.ints([-1]))
+    dtype = onnx_dtype(argument(node, "dtype"))
+    return dense if dtype == ir.DataType.FLOAT else b("Cast", dense, to=dtype)
+
+
+QUANTIZED: dict[Any, OfNode] = {
+    ops.quantized_linear.target: OfNode(quantized_linear),
+    ops.quantized_embedding.target: OfNode(quantized_embedding),
+}
+"""Translations of the ops over low-bit weights."""
