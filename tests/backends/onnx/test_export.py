@@ -1,0 +1,90 @@
+"""The folder that an export writes, and what is refused before any work."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from families.configs import VOCAB_SIZE, build
+
+import graphwright
+from graphwright import exporting
+from graphwright.backends.onnx import exporter as onnx_exporter
+from graphwright.backends.onnx.runtime import Session
+from graphwright.errors import ArtifactError, BackendError, RecipeError
+from graphwright.feeding import logits_of
+from graphwright.numerics import relative_error
+
+INT4 = {"passes": ["merge_linear", "static_cache", "select_logits", {"rtn": {"bits": 4, "group_size": 32}}]}
+
+
+def test_one_model_serves_prefill_and_decode_under_the_usual_names(tmp_path: Path) -> None:
+    graphwright.export(build("llama"), "onnx", tmp_path / "out", recipe="fp32", verify=True)
+    session = Session(tmp_path / "out", threads=1)
+    assert list(session.inputs)[:4] == ["input_ids", "attention_mask", "position_ids", "past_key_values.0.key"]
+    assert session.outputs == ["logits", *(f"present.{i}.{kind}" for i in range(2) for kind in ("key", "value"))]
+    shapes = {name: entry.shape for name, entry in session.inputs.items()}
+    assert shapes["attention_mask"] == ["batch_size", "total_sequence_length"]
+    assert shapes["past_key_values.1.value"] == ["batch_size", 2, "past_sequence_length", 16]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert {"model.onnx", "model.onnx.data", "genai_config.json"} <= set(manifest["files"])
+    assert manifest["recipe"]["export"]["verified"]["relative_error"] < 1e-4
+
+
+def test_the_exported_model_says_what_the_original_says(tmp_path: Path) -> None:
+    model = build("qwen3")
+    graphwright.export(model, "onnx", tmp_path / "out", options={"profile": "standard", "opset": 24})
+    session = Session(tmp_path / "out", threads=1)
+    ids = torch.randint(3, VOCAB_SIZE, (2, 7), generator=torch.Generator().manual_seed(2))
+    logits, _ = session.step(ids.numpy(), torch.ones_like(ids).numpy(), session.empty_past(2))
+    expected = logits_of(graphwright.capture(model), ids)
+    assert relative_error(torch.from_numpy(logits), expected) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"profil": "ort"}, "no option 'profil'.*Did you mean profile"),
+        ({"opset": 23}, "Option opset of onnx is 23"),
+        ({"profile": "mobile"}, "Option profile of onnx is 'mobile'"),
+    ],
+)
+def test_wrong_options_are_named(options: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=message):
+        exporting.export("nowhere", "onnx", tmp_path / "out", options=options)
+
+
+def test_codes_without_a_type_are_refused_before_the_model_is_read(tmp_path: Path) -> None:
+    standard = {"profile": "standard", "opset": 20}
+    with pytest.raises(RecipeError, match=r"has no 4-bit type.*option bits of pass rtn.*wide_codes"):
+        exporting.export("nowhere", "onnx", tmp_path / "out", recipe=INT4, options=standard)
+    with pytest.raises(RecipeError, match="cannot carry weights of format nf4.*int8, int4"):
+        onnx_exporter._require_carried("nf4", onnx_exporter.OnnxOptions())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_arguments: object, **_named: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(onnx_exporter, "write_config", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        graphwright.export(build("llama"), "onnx", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ArtifactError, match="no Graphwright artifact"):
+        graphwright.export(build("llama"), "onnx", tmp_path / "out", overwrite=True)
+
+
+def test_formats_without_options_take_none(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="torch-export has no options"):
+        exporting.export("nowhere", "torch-export", tmp_path / "out.pt2", options={"opset": 20})
+
+
+def test_onnx_compiles_nothing() -> None:
+    with pytest.raises(BackendError, match="format to export to"):
+        graphwright.compile(build("llama"), options=graphwright.CompileOptions(backend="onnx"))
