@@ -72,7 +72,7 @@ def _linear_cost(x: TensorInfo, weight: TensorInfo, *rest: object, **_more: obje
 def _linear_samples(dtype: torch.dtype) -> Iterator[Sample]:
     for sample in ops.quantized_linear.samples_of(dtype):
         x, weight, scale, zero, bias, format, group_size = sample.args
-        if group_size % tiles.STEP[format] == 0:
+        if fits(format, group_size):
             tiled = _tiled(weight, scale, zero, format, group_size)
             yield Sample((x, *tiled, bias, format, group_size, weight.shape[0]), note=sample.note)
 
