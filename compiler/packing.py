@@ -13,8 +13,9 @@ stands for, is its `Format`:
   out as int4 that stand for the entries of a table;
 - fp8_e4m3, fp8_e5m2: uint8 [N, G * group_size], the bits of `torch.float8_e4m3fn` and `torch.float8_e5m2`.
 
-An integer code stands for `(code - zero_point) * scale` of its group; a symmetric weight has no zero points, and its
-code of zero is the format's `zero`. A code of another format stands for a value times the scale.
+An integer code stands for `(code - zero_point) * scale` of its group. Zero points are stored as codes are, one to a
+byte, or as float16 where they are fractions; a symmetric weight has none, and its code of zero is the format's `zero`.
+A code of another format stands for a value times the scale.
 """
 
 from collections.abc import Mapping

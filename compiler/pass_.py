@@ -89,6 +89,8 @@ class Pass(BaseModel):
     provides: ClassVar[tuple[str, ...]] = ()
     conflicts: ClassVar[tuple[str, ...]] = ()
     """Properties that must not hold."""
+    calibrated: ClassVar[bool] = False
+    """Whether the pass measures activations, and so wants calibration inputs."""
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Rewrites `program` in place, or returns another."""

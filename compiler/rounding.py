@@ -21,10 +21,7 @@ CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class Grid:
-    """Scales [N, G] in the scheme's dtype, and zero points [N, G] in codes or None.
-
-    Zero points are whole numbers, so that kernels may keep them in a byte.
-    """
+    """Scales [N, G] in the scheme's dtype, and zero points [N, G] as codes or fractions of one, or None."""
 
     scale: Tensor
     zero_point: Tensor | None
@@ -102,8 +99,8 @@ def grid(wide: Tensor, scheme: Scheme, shrink: Tensor | float = 1.0) -> Grid:
         return Grid(_stored(scale, scheme), None)
     smallest, largest = wide.amin(-1).clamp(max=0) * shrink, wide.amax(-1).clamp(min=0) * shrink
     scale = _stored((largest - smallest) / (kind.high - kind.low), scheme)
-    zero = (kind.low - smallest / scale.float()).round().clamp(kind.low, kind.high)
-    return Grid(scale, zero.to(kind.storage))
+    zero = (kind.low - smallest / scale.float()).clamp(kind.low, kind.high)
+    return Grid(scale, zero.half() if scheme.zero_dtype == "float16" else zero.round().to(kind.storage))
 
 
 def quantize(weight: Tensor, scheme: Scheme, chosen: Grid | None = None) -> Quantized:

@@ -31,6 +31,7 @@ class Scheme(BaseModel):
     group_size: int = Field(64, ge=WHOLE_TENSOR, description="weights that share a scale; 0: a row; -1: the tensor")
     symmetric: bool = Field(False, description="no zero points; floating-point formats have none")
     scale_dtype: ScaleType = Field("float16", description="dtype of the scales")
+    zero_dtype: Literal["code", "float16"] = Field("code", description="zero points are codes, or fractions of one")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -64,8 +65,8 @@ class Scheme(BaseModel):
         """Stored size of a [rows, width] matrix, scales, zero points and padding included."""
         group = self.group(width)
         groups = -(-width // group)
-        scales = self.scale_type.itemsize + (0 if self.symmetric else 1)
-        return rows * groups * (group * self.kind.bits // 8 + scales)
+        zero = 0 if self.symmetric else 1 if self.zero_dtype == "code" else 2
+        return rows * groups * (group * self.kind.bits // 8 + self.scale_type.itemsize + zero)
 
 
 class LayerOptions(BaseModel):

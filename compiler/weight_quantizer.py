@@ -16,7 +16,7 @@ import hashlib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 from safetensors import safe_open
@@ -57,7 +57,6 @@ class WeightQuantizer(Pass):
     after = ("merged_linear", "float_dtype", "folded")
     provides = ("quantized",)
     conflicts = ("quantized",)
-    calibrated: ClassVar[bool] = False
 
     group_size: int = Field(64, ge=-1, description="weights that share a scale along the input; 0: the whole row")
     scale_dtype: ScaleType = Field("float16", description="dtype of the scales")
@@ -76,6 +75,11 @@ class WeightQuantizer(Pass):
             except re.error as error:
                 raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
         return value
+
+    def model_post_init(self, _context: Any) -> None:
+        """Refuses options that make no scheme when the recipe is read, not hours later."""
+        for options in (LayerOptions(), *self.layers.values()):
+            options.apply(self.scheme())
 
     def scheme(self) -> Scheme:
         """The scheme of a layer that no pattern names."""
@@ -195,10 +199,6 @@ class IntegerQuantizer(WeightQuantizer):
             symmetric=self.symmetric,
             scale_dtype=self.scale_dtype,
         )
-
-    def model_post_init(self, _context: Any) -> None:
-        """Refuses options that make no scheme when the recipe is read, not hours later."""
-        self.scheme()
 
 
 def integer_format(bits: int) -> FormatName:
