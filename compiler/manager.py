@@ -41,7 +41,7 @@ RAISING = f"{registry.PASSES}.raise_."
 
 VERIFY_SIZES: tuple[Mapping[str, int], ...] = (
     {"batch": 2, "sequence": 7},
-    {"batch": 1, "sequence": 1, "keys": 1},
+    {"batch": 1, "sequence": 1, "keys": 1, "logits": 1},
 )
 """Sizes at which exact passes are compared: odd and padded, and a single token."""
 

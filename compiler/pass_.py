@@ -90,7 +90,7 @@ class Pass(BaseModel):
     conflicts: ClassVar[tuple[str, ...]] = ()
     """Properties that must not hold."""
     calibrated: ClassVar[bool] = False
-    """Whether the pass measures activations, and so wants calibration inputs."""
+    """Whether the pass measures activations with some of its options, and so wants calibration inputs."""
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Rewrites `program` in place, or returns another."""
