@@ -188,7 +188,7 @@ def compile(
 
 def _with_text(options: CompileOptions, recipe: Recipe, program: Program, tokenizer: Path) -> CompileOptions:
     """Options with windows of the calibration text, if a pass wants them and nothing else was given."""
-    if options.calibration or not tokenizer.is_dir() or not any(one.calibrated for one in recipe.passes):
+    if options.calibration or not tokenizer.is_dir() or not any(one.calibrates for one in recipe.passes):
         return options
     length = min(options.calibration_length, program.metadata.context_length or options.calibration_length)
     windows = from_text(tokenizer, options.calibration_text or None, options.calibration_samples, length)

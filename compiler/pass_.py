@@ -89,12 +89,15 @@ class Pass(BaseModel):
     provides: ClassVar[tuple[str, ...]] = ()
     conflicts: ClassVar[tuple[str, ...]] = ()
     """Properties that must not hold."""
-    calibrated: ClassVar[bool] = False
-    """Whether the pass measures activations with some of its options, and so wants calibration inputs."""
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Rewrites `program` in place, or returns another."""
         raise NotImplementedError(f"pass {self.name} defines no run method")
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the pass, with these options, measures activations and so wants calibration inputs."""
+        return False
 
     def leftover(self, program: Program) -> str | None:
         """What contradicts `provides` in the finished program, or None; checked by the manager."""

@@ -14,16 +14,16 @@ and agree, they share the packed one.
 
 import hashlib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, fx
 
-from graphwright import calibration, rounding, structure
+from graphwright import allocation, calibration, rounding, structure
 from graphwright.calibration import Collector, Stop
 from graphwright.errors import PassError
 from graphwright.ops import quantized_embedding, quantized_linear
@@ -57,6 +57,8 @@ class WeightQuantizer(Pass):
     after = ("merged_linear", "float_dtype", "folded")
     provides = ("quantized",)
     conflicts = ("quantized",)
+    calibrated: ClassVar[bool] = False
+    """Whether `solve` wants statistics of a layer's inputs."""
 
     group_size: int = Field(64, ge=-1, description="weights that share a scale along the input; 0: the whole row")
     scale_dtype: ScaleType = Field("float16", description="dtype of the scales")
@@ -85,6 +87,15 @@ class WeightQuantizer(Pass):
         """The scheme of a layer that no pattern names."""
         raise NotImplementedError(f"pass {self.name} defines no scheme")
 
+    @property
+    def calibrates(self) -> bool:
+        """A calibrated method always does."""
+        return self.calibrated
+
+    def choose(self, program: Program, context: Context, layers: list[Layer]) -> tuple[list[Layer], dict[str, Any]]:
+        """The layers with the schemes that they shall have in the end, and notes on the choice for the report."""
+        return layers, {}
+
     def collector(self) -> Collector:
         """A calibrated method's collector for one layer's inputs."""
         raise NotImplementedError(f"pass {self.name} collects nothing")
@@ -105,7 +116,8 @@ class WeightQuantizer(Pass):
         """
         with Editor(program, self.name, context.fuel) as editor:
             edit = _Installation(editor)
-            layers = [layer for layer in self._layers(program) if editor.allow(layer.node)]
+            layers, notes = self.choose(program, context, self._layers(program))
+            layers = [layer for layer in layers if editor.allow(layer.node)]
             if self.calibrated:
                 self._walk(program, context, edit, [layer for layer in layers if not layer.head])
             for count, layer in enumerate(layers):
@@ -116,7 +128,7 @@ class WeightQuantizer(Pass):
                 for node, table in structure.embeddings(program):
                     if editor.allow(node):
                         edit.embedding(node, table, _per_row(self.embedding_bits, self.scale_dtype))
-        return PassResult(program, editor.sites, layer_errors=edit.errors)
+        return PassResult(program, editor.sites, notes=notes, layer_errors=edit.errors)
 
     def _layers(self, program: Program) -> list[Layer]:
         head = structure.head(program)
@@ -149,11 +161,7 @@ class WeightQuantizer(Pass):
 
     def _walk(self, program: Program, context: Context, edit: "_Installation", layers: list[Layer]) -> None:
         """Solves layers in the order in which data reaches them, each behind the quantized ones before it."""
-        readers: dict[fx.Node, list[Layer]] = {}
-        for layer in layers:
-            readers.setdefault(layer.node.args[0], []).append(layer)  # type: ignore[arg-type]
-        order = {node: place for place, node in enumerate(program.graph.nodes)}
-        stages = sorted(readers.items(), key=lambda entry: order[entry[0]])
+        stages = _stages(program, layers)
         batches = calibration.samples(program, context)
         edit.checkpoint = Checkpoint.of(self, program, batches, context)
 
@@ -190,6 +198,8 @@ class IntegerQuantizer(WeightQuantizer):
 
     bits: Literal[2, 3, 4, 8] = Field(4, description="bits per weight")
     symmetric: bool = Field(False, description="no zero points")
+    mixed_bits: float | None = Field(None, gt=0, description="mean bits per weight to spend as layers need them")
+    mixed_widths: tuple[Literal[2, 3, 4, 8], ...] = Field((2, 3, 4, 8), min_length=1, description="widths to mix")
 
     def scheme(self) -> Scheme:
         """From the pass's own options."""
@@ -199,6 +209,74 @@ class IntegerQuantizer(WeightQuantizer):
             symmetric=self.symmetric,
             scale_dtype=self.scale_dtype,
         )
+
+    @property
+    def calibrates(self) -> bool:
+        """A calibrated method does, and any that mixes widths."""
+        return self.calibrated or self.mixed_bits is not None
+
+    def choose(self, program: Program, context: Context, layers: list[Layer]) -> tuple[list[Layer], dict[str, Any]]:
+        """With a budget of mean bits, gives each layer but the head the width that it needs most.
+
+        The loss of a layer at a width is the relative squared error of its output when it alone is rounded to
+        nearest, measured on the calibration data; the choice is exact. Layers that share a weight are one.
+        """
+        if self.mixed_bits is None:
+            return layers, {}
+        mixed = {layer.name: layer for layer in layers if not layer.head}
+        widths = sorted(self.mixed_widths)
+        options = self._measured(program, context, list(mixed.values()), widths)
+        weights = sum(layer.weight.meta["val"].numel() for layer in mixed.values())
+        points = allocation.frontier([options[name] for name in mixed])
+        chosen = allocation.within(points, int(self.mixed_bits * weights / 8))
+        bits = {name: widths[index] for name, index in zip(mixed, chosen.chosen, strict=True)}
+        step = max(1, len(points) // FRONTIER_POINTS)
+        drawn = [[point.bytes * 8 / weights, point.loss / len(mixed)] for point in points[::step]]
+        changed = [
+            layer if layer.head else replace(layer, scheme=_with_bits(layer.scheme, bits[layer.name]))
+            for layer in layers
+        ]
+        return changed, {"bits": bits, "frontier": drawn}
+
+    def _measured(
+        self, program: Program, context: Context, layers: list[Layer], widths: list[int]
+    ) -> dict[str, list[allocation.Option]]:
+        """Bytes and loss of every layer at every width, by weight name."""
+        stages = _stages(program, layers)
+        found: dict[str, list[allocation.Option]] = {}
+
+        def visit(index: int, collected: calibration.Hessian) -> dict[fx.Node, Tensor]:
+            for layer in stages[index][1]:
+                weight = program.weight(layer.weight)
+                found[layer.name] = [self._option(weight, layer.scheme, bits, collected.matrix) for bits in widths]
+            return {}
+
+        stops = [Stop(node, f"{self.name} sensitivity {group[0].name}") for node, group in stages]
+        batches = calibration.samples(program, context)
+        calibration.walk(program, batches, stops, calibration.Hessian, visit, context.progress)
+        return found
+
+    def _option(self, weight: Tensor, scheme: Scheme, bits: int, hessian: Tensor) -> allocation.Option:
+        narrow = _with_bits(scheme, bits)
+        dense = rounding.quantize(weight, narrow).dense()
+        return allocation.Option(narrow.bytes(*weight.shape), rounding.output_error(weight, dense, hessian) ** 2)
+
+
+FRONTIER_POINTS = 100
+"""At most about so many points of a frontier are kept for the report."""
+
+
+def _with_bits(scheme: Scheme, bits: int) -> Scheme:
+    return LayerOptions(format=integer_format(bits)).apply(scheme) or scheme
+
+
+def _stages(program: Program, layers: list[Layer]) -> list[tuple[fx.Node, list[Layer]]]:
+    """Layers by the tensor that they read, in graph order of the tensors."""
+    readers: dict[fx.Node, list[Layer]] = {}
+    for layer in layers:
+        readers.setdefault(layer.node.args[0], []).append(layer)  # type: ignore[arg-type]
+    order = {node: place for place, node in enumerate(program.graph.nodes)}
+    return sorted(readers.items(), key=lambda entry: order[entry[0]])
 
 
 def integer_format(bits: int) -> FormatName:

@@ -39,12 +39,16 @@ class Activations(Pass):
     requires = ("quantized",)
     provides = ("quantized_activations",)
     conflicts = ("quantized_activations",)
-    calibrated = True
 
     format: Literal["int8", "int4", "fp8_e4m3", "fp8_e5m2"] = Field("int8", description="codes of the activations")
     head: bool = Field(True, description="round the input of the vocabulary head too")
     group_size: int = Field(0, ge=0, description="channels that share a scale; 0: all of a token")
     static: bool = Field(False, description="one scale per tensor, from calibration, instead of one per token")
+
+    @property
+    def calibrates(self) -> bool:
+        """For static scales."""
+        return self.static
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Rounds the input of every quantized linear layer.

@@ -39,9 +39,13 @@ class LlmInt8(Pass):
     after = ("merged_linear", "float_dtype", "folded")
     provides = ("quantized", "quantized_activations")
     conflicts = ("quantized", "quantized_activations")
-    calibrated = True
 
     threshold: float = Field(6.0, gt=0, description="magnitude from which on an activation is an outlier")
+
+    @property
+    def calibrates(self) -> bool:
+        """Always."""
+        return True
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Splits every linear layer that reads a norm's or another layer's activations.

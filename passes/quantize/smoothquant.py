@@ -40,9 +40,13 @@ class Smoothquant(Pass):
     requires = ("linear",)
     after = ("float_dtype", "rope", "attention", "gated_activation")
     provides = ("folded",)
-    calibrated = True
 
     strength: float | None = Field(None, ge=0, le=1, description="a of the paper; searched per tensor when left out")
+
+    @property
+    def calibrates(self) -> bool:
+        """Always."""
+        return True
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Smooths every tensor that linear layers other than the vocabulary head read.

@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from graphwright import accuracy, calibration
+from graphwright import accuracy, calibration, structure
 from graphwright.capture import capture
 from graphwright.compiled import CompileOptions, rewrite
 from graphwright.engine.tokenizer import Tokenizer
@@ -109,9 +109,10 @@ def prepare(folder: Path) -> None:
     (folder / "plain").mkdir()
     program.save(folder / "plain")
     planted = program.clone()
+    head = structure.head(planted)
     with Editor(planted, "outliers") as editor:
         for site in scale_sites(planted):
-            if site.maker.target is rms_norm.target:
+            if site.maker.target is rms_norm.target and head not in site.readers:
                 scale = torch.ones(len(site.free[0]))
                 scale[list(AMPLIFIED)] = 1 / FACTOR
                 fold_scale(editor, site, scale)
