@@ -28,6 +28,7 @@ from graphwright import doctor as health
 from graphwright.artifact import MANIFEST, read_manifest
 from graphwright.artifact import verify as verify_artifact
 from graphwright.backend import KernelLister
+from graphwright.calibration import LENGTH, SAMPLES
 from graphwright.capture import capture
 from graphwright.compiled import KERNELS, Compiled, CompileOptions, rewrite
 from graphwright.engine.tokenizer import Tokenizer
@@ -73,6 +74,10 @@ def compile(
     measure: Annotated[bool, typer.Option(help="Measure the compiled program's speed for the report")] = True,
     dump: Annotated[Path | None, typer.Option(help="Write the graph's text after every pass here")] = None,
     seed: Annotated[int, typer.Option(help="Seeds everything random")] = 0,
+    calibration: Annotated[Path | None, typer.Option(help="Text file to calibrate on; built-in text otherwise")] = None,
+    calibration_samples: Annotated[int, typer.Option(min=1, help="Windows of the calibration text")] = SAMPLES,
+    calibration_length: Annotated[int, typer.Option(min=2, help="Tokens per window")] = LENGTH,
+    checkpoint: Annotated[Path | None, typer.Option(help="Keep finished layers here; run again to go on")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compile MODEL ahead of time into an artifact."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from graphwright import artifact, registry
 from graphwright.backend import Executable, Progress, backends_for, choose, coverage
+from graphwright.calibration import LENGTH, SAMPLES, from_text
 from graphwright.capture import DimNames, capture
 from graphwright.engine.generate import GenerationResult, Generator
 from graphwright.engine.tokenizer import Tokenizer
@@ -49,7 +50,13 @@ class CompileOptions:
         backend: the backend's name; empty for the target's own.
         verify: compare numbers after every pass.
         seed: seeds everything random.
-        calibration: token batches on which approximate passes are measured.
+        calibration: inputs by name, or token batches, on which calibrated passes measure activations and approximate
+            passes are judged; see `graphwright.calibration.from_tokens`.
+        calibration_text: text for calibrated passes where `calibration` is empty and the model has a tokenizer; empty
+            for the part of the built-in text that evaluation does not use.
+        calibration_samples: windows of the text.
+        calibration_length: tokens per window.
+        checkpoint: folder for the finished layers of calibrated passes, so that an interrupted compile goes on.
         dump: directory for the text of every stage.
         observers: called after each pass.
         progress: called with what is being done and the finished fraction.
@@ -61,6 +68,10 @@ class CompileOptions:
     verify: bool = True
     seed: int = 0
     calibration: tuple[dict[str, Tensor], ...] = ()
+    calibration_text: str = ""
+    calibration_samples: int = SAMPLES
+    calibration_length: int = LENGTH
+    checkpoint: Path | None = None
     dump: Path | None = None
     observers: tuple[Observer, ...] = ()
     progress: Progress = _silent
@@ -87,6 +98,7 @@ def rewrite(
         seed=options.seed,
         fuel=Fuel(options.fuel),
         calibration=list(options.calibration),
+        checkpoint=options.checkpoint,
         progress=options.progress,
     )
     manager = PassManager(context, recipe.budget, verify=options.verify, observers=options.observers, dump=options.dump)
@@ -144,6 +156,7 @@ def compile(
             captured = captured.with_(metadata=metadata)
             # The caller may hold the model; the compiler must not, or its weights would outlive their rewriting.
             del source
+    options = _with_text(options, wanted, captured, folder / TOKENIZER)
     with _timed(seconds, "rewrite"):
         before = shape_only(captured)
         # A program that the caller gave stays as it is; one captured here is used up, to free weights early.
@@ -171,6 +184,15 @@ def compile(
     )
     also = tuple(other.name for other in others)
     return Compiled(rewritten, executable, machine, lowering.name, wanted, folder, report, also, workspace)
+
+
+def _with_text(options: CompileOptions, recipe: Recipe, program: Program, tokenizer: Path) -> CompileOptions:
+    """Options with windows of the calibration text, if a pass wants them and nothing else was given."""
+    if options.calibration or not tokenizer.is_dir() or not any(one.calibrates for one in recipe.passes):
+        return options
+    length = min(options.calibration_length, program.metadata.context_length or options.calibration_length)
+    windows = from_text(tokenizer, options.calibration_text or None, options.calibration_samples, length)
+    return replace(options, calibration=tuple(windows))
 
 
 def load(directory: Path | str, *, target: str | Target | None = None) -> "Compiled":

@@ -87,8 +87,7 @@ def evaluate(
 
 def shape_at(program: Program, node: fx.Node, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """The shape of a node's value when the contract's dimensions have these sizes."""
-    names = symbol_names(program.graph, program.contract)
-    return tuple(_size_at(size, names, sizes) for size in node.meta["val"].shape)
+    return tuple(size_at(program, size, sizes) for size in node.meta["val"].shape)
 
 
 def dims_of(program: Program, size: Any) -> set[str]:
@@ -98,9 +97,11 @@ def dims_of(program: Program, size: Any) -> set[str]:
     return {names[str(symbol)] for symbol in symbols if str(symbol) in names}
 
 
-def _size_at(size: Any, names: Mapping[str, str], sizes: Mapping[str, int]) -> int:
+def size_at(program: Program, size: Any, sizes: Mapping[str, int]) -> int:
+    """A symbolic size when the contract's dimensions have these sizes."""
     if not isinstance(size, torch.SymInt):
         return int(size)
+    names = symbol_names(program.graph, program.contract)
     expression = size.node.expr
     return int(expression.subs({s: sizes[names[str(s)]] for s in expression.free_symbols}))
 

@@ -17,6 +17,7 @@ A pass file in `graphwright.passes` is found by its name; nothing else has to be
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -64,6 +65,8 @@ class Context:
     seed: int = 0
     fuel: Fuel = field(default_factory=Fuel)
     calibration: list[dict[str, Tensor]] = field(default_factory=list)
+    checkpoint: Path | None = None
+    """Folder in which calibrated passes keep finished layers, so that an interrupted run goes on; None for none."""
     progress: Callable[[str, float], None] = lambda _text, _fraction: None
 
     def generator(self) -> torch.Generator:
@@ -90,6 +93,11 @@ class Pass(BaseModel):
     def run(self, program: Program, context: Context) -> PassResult:
         """Rewrites `program` in place, or returns another."""
         raise NotImplementedError(f"pass {self.name} defines no run method")
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the pass, with these options, measures activations and so wants calibration inputs."""
+        return False
 
     def leftover(self, program: Program) -> str | None:
         """What contradicts `provides` in the finished program, or None; checked by the manager."""

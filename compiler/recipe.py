@@ -141,4 +141,6 @@ def _explain(error: ValidationError, where: str, known: list[str]) -> RecipeErro
     if first["type"] == "extra_forbidden":
         names = list(Budget.model_fields) if path.startswith("budget.") else known
         return RecipeError(f"Unknown option {path!r}", where=where, fix=nearest(path.rpartition(".")[2], names))
+    if not path:
+        return RecipeError(f"Options do not go together: {first['msg'].removeprefix('Value error, ')}", where=where)
     return RecipeError(f"Option {path} is {first['input']!r}: {first['msg']}", where=where)

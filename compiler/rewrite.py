@@ -115,6 +115,24 @@ class Editor:
         node.meta["origin"] = self.origin
         return node
 
+    def set_weight(self, node: fx.Node, position: int, tensor: Tensor, name: str = "weight") -> None:
+        """Lets the call `node` read `tensor` as its argument at `position`; other readers keep the old weight.
+
+        Args:
+            node: a call.
+            position: of an argument that is a weight or None.
+            tensor: the new weight; where there was one, of its shape and dtype.
+            name: what to call a weight where there was none.
+        """
+        current = node.args[position]
+        if isinstance(current, fx.Node):
+            name = str(current.target)
+            same = [n for n in self.program.graph.nodes if n.op == "get_attr" and n.target == name]
+            if sum(user.all_input_nodes.count(n) for n in same for user in n.users) == 1:
+                set_attribute(self.program.module, name, tensor.detach())
+                return
+        node.update_arg(position, self.weight(name, tensor, before=node))
+
     def replace(self, node: fx.Node, new: fx.Node, note: str = "") -> None:
         """Lets every user of `node` read `new` instead, and counts a site."""
         node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)

@@ -31,6 +31,8 @@ def quantized_linear(
     group_size: int,
 ) -> Tensor:
     """Quantized linear over few rows; no weight is ever dequantized to memory."""
+    if format not in ("int4", "int8"):
+        return quantized_matmul(x, weight, scale, zero_point, bias, format, group_size)
     groups = scale.shape[1]
     rows = _rows(x, groups * group_size)
     if format == "int4":
@@ -61,6 +63,8 @@ def quantized_matmul(
 
 def dequantize(packed: Tensor, scale: Tensor, zero_point: Tensor | None, format: str, group_size: int) -> Tensor:
     """`packing.dequantize` by shifts; a concatenation of nibbles would be a kernel of its own."""
+    if format not in ("int4", "int8"):
+        return packing.dequantize(packed, scale, zero_point, format, group_size)
     groups = scale.shape[-1]
     if format == "int8":
         codes = packed.view(-1, groups, group_size)

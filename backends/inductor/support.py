@@ -8,6 +8,10 @@ from torch import fx
 
 from graphwright.backend import Support
 from graphwright.op import op_of
+from graphwright.ops import quantized_linear
+
+FAST_FORMATS = ("int4", "int8")
+"""Weight formats whose codes are multiplied as they are read."""
 
 EXTERN = {
     "mm", "bmm", "addmm", "baddbmm", "matmul", "convolution", "conv1d", "conv2d", "_grouped_mm", "_scaled_mm",
@@ -20,6 +24,8 @@ ATTENTION = {"scaled_dot_product_attention", "_scaled_dot_product_flash_attentio
 def support(node: fx.Node) -> Support:
     """Whether a call becomes Inductor's own code on the CPU."""
     target = node.target
+    if target is quantized_linear.target and node.args[5] not in FAST_FORMATS:
+        return Support(False, f"{node.args[5]} weights are dequantized in memory at every call; no fused product")
     if op_of(target) is not None or not isinstance(target, torch._ops.OpOverload):
         return Support(True)
     name = target._opname

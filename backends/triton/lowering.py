@@ -135,6 +135,8 @@ def _multiplied_as_integers(rounding: fx.Node, user: fx.Node) -> bool:
     del scale
     if x is not rounding or group_size or weight_format not in quantized_gemm.PARTS:
         return False
+    if zero is not None and _value(zero).dtype == torch.float16:  # a fraction of a code
+        return False
     return integer_gemm.serves(weight_format, weight_group, zero is not None)
 
 

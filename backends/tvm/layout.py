@@ -72,7 +72,7 @@ def _linear_cost(x: TensorInfo, weight: TensorInfo, *rest: object, **_more: obje
 def _linear_samples(dtype: torch.dtype) -> Iterator[Sample]:
     for sample in ops.quantized_linear.samples_of(dtype):
         x, weight, scale, zero, bias, format, group_size = sample.args
-        if group_size % tiles.STEP[format] == 0:
+        if fits(format, group_size):
             tiled = _tiled(weight, scale, zero, format, group_size)
             yield Sample((x, *tiled, bias, format, group_size, weight.shape[0]), note=sample.note)
 
@@ -140,6 +140,12 @@ def fits(format: str, group_size: int) -> bool:
     return format in tiles.STEP and group_size % tiles.STEP[format] == 0
 
 
+def fractional(node: fx.Node) -> bool:
+    """Whether a quantized layer's zero points are fractions, which tiles do not hold."""
+    zero = node.args[3]
+    return isinstance(zero, fx.Node) and zero.meta["val"].dtype == torch.float16
+
+
 def tile_weights(program: Program) -> Program:
     """The program with every quantized weight that fits in tiles; a weight that two nodes read stays one."""
     made: dict[str, str] = {}
@@ -147,7 +153,7 @@ def tile_weights(program: Program) -> Program:
         for node in list(program.calls(ops.quantized_linear.target, ops.quantized_embedding.target)):
             linear = node.target is ops.quantized_linear.target
             format, group_size = node.args[5:7] if linear else node.args[4:6]
-            if not fits(str(format), int(group_size)):
+            if not fits(str(format), int(group_size)) or fractional(node):
                 continue
             outputs = node.args[1].meta["val"].shape[0]
             parts = _tiled_nodes(editor, node, str(format), int(group_size), made)

@@ -6,7 +6,7 @@ from torch import Tensor, fx
 from graphwright import ops
 from graphwright.backend import Support
 from graphwright.backends.tvm.fusion import integer_product
-from graphwright.backends.tvm.layout import fits, tiled_linear
+from graphwright.backends.tvm.layout import fits, fractional, tiled_linear
 from graphwright.backends.tvm.leftovers import converter_name, known
 from graphwright.backends.tvm.translate import KERNELS, VIEWS
 from graphwright.op import op_of
@@ -25,6 +25,8 @@ def support(node: fx.Node) -> Support:
         format, group_size = node.args[5:7] if linear else node.args[4:6]
         if not fits(str(format), int(group_size)):
             return Support(False, f"no tiles for {format} in groups of {group_size}")
+        if fractional(node):
+            return Support(False, "its zero points are fractions, and tiles hold whole ones")
         if linear and not _rounded(node):
             return Support(False, "its activations are not quantized per token; add the pass `activations`")
         return Support(True)

@@ -7,6 +7,7 @@ the values, N output features, K input features, G groups along K.
 from graphwright.ops.attention import attention
 from graphwright.ops.gated_activation import gated_activation
 from graphwright.ops.grouped_linear import grouped_linear
+from graphwright.ops.hadamard_transform import hadamard_transform
 from graphwright.ops.kv_cache_update import kv_cache_update
 from graphwright.ops.quantize_dequantize import quantize_dequantize
 from graphwright.ops.quantized_embedding import quantized_embedding
@@ -18,6 +19,7 @@ __all__ = [
     "attention",
     "gated_activation",
     "grouped_linear",
+    "hadamard_transform",
     "kv_cache_update",
     "quantize_dequantize",
     "quantized_embedding",

@@ -9,15 +9,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from graphwright import packing
 from graphwright.op import Cost, Sample, TensorInfo, op
 
-LARGEST = {"int8": 127}
-"""The largest code per format; codes are symmetric."""
+LARGEST = {"int8": 127.0, "int4": 7.0, "fp8_e4m3": 448.0, "fp8_e5m2": 57344.0}
+"""The largest magnitude per format of `graphwright.packing`; codes are symmetric."""
 
 
 @op
 def quantize_dequantize(x: Tensor, scale: Tensor | None, format: str, group_size: int) -> Tensor:
-    """round(x / scale) clamped to the codes of `format`, times the scale, in the dtype of `x`.
+    """The value of `format` that is nearest to x / scale, times the scale, in the dtype of `x`.
 
     Args:
         x: [..., K], floating point.
@@ -36,7 +37,9 @@ def quantize_dequantize(x: Tensor, scale: Tensor | None, format: str, group_size
         step = (grouped.abs().amax(-1, keepdim=True) / largest).clamp_min(torch.finfo(torch.float32).tiny)
     else:
         step = scale.float()
-    rounded = (grouped / step).round().clamp(-largest, largest) * step
+    scaled = (grouped / step).clamp(-largest, largest)
+    kind = packing.FORMATS[format]
+    rounded = (scaled.round() if kind.dtype is None else scaled.to(kind.dtype).float()) * step
     return rounded.reshape(x.shape).to(x.dtype)
 
 
@@ -50,5 +53,7 @@ def _samples(dtype: torch.dtype) -> Iterator[Sample]:
     for group_size in (0, 32):
         for rows in ((1, 1), (2, 5)):
             yield Sample((torch.randn(*rows, 96, dtype=dtype), None, "int8", group_size), note=f"group {group_size}")
+    for format in ("int4", "fp8_e4m3", "fp8_e5m2"):
+        yield Sample((torch.randn(2, 3, 96, dtype=dtype), None, format, 0), note=format)
     yield Sample((torch.zeros(1, 2, 32, dtype=dtype), None, "int8", 0), note="zeros")
     yield Sample((torch.randn(2, 3, 32, dtype=dtype), torch.tensor(0.02), "int8", 0), note="static")

@@ -56,12 +56,19 @@ def _samples(dtype: torch.dtype) -> Iterator[Sample]:
         ("int4", 32, True),
         ("int4", 64, True),
         ("int8", 64, True),
+        ("int3", 32, True),
+        ("int2", 32, False),
+        ("nf4", 64, False),
+        ("mxfp4", 32, False),
+        ("fp8_e4m3", 96, False),
     ):
         for rows in ((1, 1), (2, 5), (3, 1)):
             features, outputs = 96, 40
             groups = -(-features // group_size)
             low, high = packing.FORMATS[format].low, packing.FORMATS[format].high
-            codes = torch.randint(low, high + 1, (outputs, groups * group_size))
+            # The largest codes of an 8-bit floating-point format are not numbers.
+            highest = 100 if format.startswith("fp8") else high
+            codes = torch.randint(low, highest + 1, (outputs, groups * group_size))
             scale = torch.rand(outputs, groups) * 0.1
             zero = torch.randint(low, high + 1, (outputs, groups)).float() if asymmetric else None
             bias = torch.randn(outputs, dtype=dtype) if rows == (2, 5) else None

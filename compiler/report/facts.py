@@ -143,7 +143,7 @@ def leftovers(report: Report) -> list[tuple[str, str]]:
 def _unquantized(report: Report) -> list[tuple[str, str]]:
     """Floating-point weights by their reader, where the recipe quantized others."""
     rows = report.weights["after"]
-    if not any(row["format"].startswith("int") and row["format"].endswith("codes") for row in rows):
+    if not any(row["format"].endswith("codes") for row in rows):
         return []
     groups: dict[str, list[int]] = {}
     for row in rows:

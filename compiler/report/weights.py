@@ -47,7 +47,7 @@ def _row(
     return WeightRow(
         name=name,
         dtype=dtype,
-        format=part if part.startswith("int") else f"{dtype} {part}".strip(),
+        format=part if part.endswith("codes") else f"{dtype} {part}".strip(),
         shape=list(tensor.shape),
         bytes=tensor.nbytes,
         readers=sorted({op_name(user.target) for _, user in users if user.op == "call_function"}),

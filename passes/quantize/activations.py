@@ -1,26 +1,32 @@
-"""Dynamic quantization of activations: each token's inputs of quantized layers are rounded to 8-bit codes.
+"""Quantization of activations: what quantized layers read is rounded to low-bit codes.
 
     before                              after
     y = quantized_linear(x, codes, …)   y = quantized_linear(quantize_dequantize(x), codes, …)
 
-The scale is max|x| / 127 of each token at run time (ZeroQuant's token-wise scheme), so nothing is calibrated. With
-codes on both sides a backend multiplies integers. Layers that read the same x share one rounding.
+Dynamic: the scale is max|x| / largest code of each token, or of each group of a token's channels, at run time
+(ZeroQuant's token-wise scheme), so nothing is calibrated. Static: one scale per tensor, from the largest magnitude that
+calibration meets behind the quantized weights. With codes on both sides a backend multiplies them. Layers that read
+the same x share one rounding.
 """
 
 from typing import Literal
 
+import torch
 from pydantic import Field
-from torch import fx
+from torch import Tensor, fx
 
-from graphwright import structure
+from graphwright import calibration, structure
+from graphwright.calibration import Channels, Stop
+from graphwright.errors import PassError
 from graphwright.ops import quantize_dequantize, quantized_linear
+from graphwright.ops.quantize_dequantize import LARGEST
 from graphwright.pass_ import Context, Paper, Pass, PassResult
 from graphwright.program import Program
 from graphwright.rewrite import Editor
 
 
 class Activations(Pass):
-    """Per-token rounding of what quantized layers read."""
+    """Rounding of what quantized layers read."""
 
     name = "activations"
     kind = "approximate"
@@ -34,21 +40,71 @@ class Activations(Pass):
     provides = ("quantized_activations",)
     conflicts = ("quantized_activations",)
 
-    format: Literal["int8"] = Field("int8", description="codes of the activations")
+    format: Literal["int8", "int4", "fp8_e4m3", "fp8_e5m2"] = Field("int8", description="codes of the activations")
     head: bool = Field(True, description="round the input of the vocabulary head too")
+    group_size: int = Field(0, ge=0, description="channels that share a scale; 0: all of a token")
+    static: bool = Field(False, description="one scale per tensor, from calibration, instead of one per token")
+
+    @property
+    def calibrates(self) -> bool:
+        """For static scales."""
+        return self.static
 
     def run(self, program: Program, context: Context) -> PassResult:
-        """Rounds the input of every quantized linear layer."""
-        rounded: dict[fx.Node, fx.Node] = {}
+        """Rounds the input of every quantized linear layer.
+
+        Raises:
+            PassError: the group size does not divide a layer's width, or static scales have nothing to be
+                measured on.
+        """
+        head = structure.head(program)
+        layers: dict[fx.Node, list[fx.Node]] = {}
+        for node in program.calls(quantized_linear.target):
+            source = node.args[0]
+            if isinstance(source, fx.Node) and (node is not head or self.head):
+                self._check(node, source)
+                layers.setdefault(source, []).append(node)
+        peaks = self._peaks(program, context, list(layers)) if self.static else {}
         with Editor(program, self.name, context.fuel) as editor:
-            head = structure.head(program)
-            for node in list(program.calls(quantized_linear.target)):
-                source = node.args[0]
-                if not isinstance(source, fx.Node) or (node is head and not self.head) or not editor.allow(node):
-                    continue
-                if source not in rounded:
-                    rounded[source] = editor.call(quantize_dequantize, source, None, self.format, 0, before=node)
-                rest = node.args[1:]
-                new = editor.call(quantized_linear, rounded[source], *rest, before=node)
-                editor.replace(node, new, str(node.args[1]))
+            for source, nodes in layers.items():
+                rounded: fx.Node | None = None
+                for node in nodes:
+                    if not editor.allow(node):
+                        continue
+                    if rounded is None:
+                        rounded = self._round(editor, source, peaks.get(source), node)
+                    new = editor.call(quantized_linear, rounded, *node.args[1:], before=node)
+                    editor.replace(node, new, str(node.args[1]))
         return PassResult(program, editor.sites)
+
+    def _round(self, editor: Editor, source: fx.Node, peak: Tensor | None, before: fx.Node) -> fx.Node:
+        scale = None
+        if peak is not None:
+            scale = editor.weight(f"{source.name}_scale", peak / LARGEST[self.format], before)
+        group_size = 0 if self.static else self.group_size
+        return editor.call(quantize_dequantize, source, scale, self.format, group_size, before=before)
+
+    def _peaks(self, program: Program, context: Context, sources: list[fx.Node]) -> dict[fx.Node, Tensor]:
+        """The largest magnitude of each tensor, [], over the calibration data."""
+        order = {node: place for place, node in enumerate(program.graph.nodes)}
+        ordered = sorted(sources, key=order.__getitem__)
+        found: dict[fx.Node, Tensor] = {}
+
+        def visit(index: int, collected: Channels) -> dict[fx.Node, Tensor]:
+            smallest = torch.finfo(torch.float32).tiny
+            found[ordered[index]] = collected.largest.amax().clamp_min(smallest)
+            return {}
+
+        stops = [Stop(node, f"{self.name} {node.name}") for node in ordered]
+        batches = calibration.samples(program, context)
+        calibration.walk(program, batches, stops, Channels, visit, context.progress)
+        return found
+
+    def _check(self, node: fx.Node, source: fx.Node) -> None:
+        width = int(source.meta["val"].shape[-1])
+        if self.group_size and width % self.group_size:
+            raise PassError(
+                f"Groups of {self.group_size} do not divide the {width} channels that a layer reads",
+                where=str(node.args[1]),
+                fix="Choose a group size that divides every layer's width, or 0",
+            )

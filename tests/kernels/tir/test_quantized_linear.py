@@ -13,7 +13,8 @@ from graphwright.kernels.tir.isa import ISAS, Isa, choose
 from graphwright.kernels.tir.quantized_linear import QuantizedLinear, matrix, vector
 from graphwright.numerics import relative_error
 from graphwright.ops import quantize_dequantize, quantized_linear
-from graphwright.passes.quantize.rtn import quantize
+from graphwright.rounding import quantize
+from graphwright.scheme import Scheme
 
 HERE = [isa for isa in ISAS if isa.needs <= set(HOST.features)]
 
@@ -32,8 +33,9 @@ LAYERS = [
 def check(rows: int, case: tuple, isa: Isa) -> float:
     """Relative error of a kernel against the op on the same codes."""
     outputs, width, format, group, asymmetric, with_bias, with_residual, activation = case
-    codes, scale, zero = quantize(torch.randn(outputs, width), format, group, not asymmetric, torch.float16)
-    packed = packing.pack(codes, format, group)
+    scheme = Scheme(format=format, group_size=group, symmetric=not asymmetric)
+    done = quantize(torch.randn(outputs, width), scheme)
+    packed, scale, zero = done.packed, done.grid.scale, done.grid.zero_point
     x, bias = torch.randn(1, rows, width), torch.randn(outputs) if with_bias else None
     expected = quantized_linear(quantize_dequantize(x, None, "int8", 0), packed, scale, zero, bias, format, group)
     layer = QuantizedLinear(outputs, width, group, format, asymmetric, "float16", with_bias, with_residual, activation)

@@ -5,7 +5,6 @@ import torch
 from kernels.tir.running import code_rows, dense, nowhere, run, size, split_rows
 from torch.nn import functional
 
-from graphwright import packing
 from graphwright.kernels.tir import rope as rope_kernels
 from graphwright.kernels.tir import tiles
 from graphwright.kernels.tir.emit import Layout
@@ -17,7 +16,8 @@ from graphwright.kernels.tir.quantized_embedding import quantized_embedding as e
 from graphwright.kernels.tir.quantized_linear import QuantizedLinear
 from graphwright.numerics import relative_error
 from graphwright.ops import gated_activation, kv_cache_update, quantized_embedding, rms_norm, rope
-from graphwright.passes.quantize.rtn import quantize
+from graphwright.rounding import quantize
+from graphwright.scheme import Scheme
 
 B, S = size("batch"), size("sequence")
 
@@ -118,8 +118,9 @@ def test_rope_and_cache(heads, head_dim, half, interleaved, shared):
     ("format", "group", "asymmetric"), [("int8", 40, False), ("int4", 8, True), ("int4", 40, False)]
 )
 def test_embedding(format, group, asymmetric):
-    codes, scale, zero = quantize(torch.randn(37, 40), format, group, not asymmetric, torch.float16)
-    packed = packing.pack(codes, format, group)
+    scheme = Scheme(format=format, group_size=group, symmetric=not asymmetric)
+    done = quantize(torch.randn(37, 40), scheme)
+    packed, scale, zero = done.packed, done.grid.scale, done.grid.zero_point
     indices = torch.randint(0, 37, (2, 5))
     table = QuantizedLinear(37, 40, group, format, asymmetric, "float16")
     given = [indices, tiles.tile_codes(packed, format, group), tiles.tile_groups(scale)]

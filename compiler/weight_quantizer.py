@@ -1,0 +1,401 @@
+"""What every weight quantizer shares, so that a method is one short file.
+
+    class Rtn(IntegerQuantizer):
+        name = "rtn"
+
+        def solve(self, weight, scheme, statistics):
+            return rounding.quantize(weight, scheme)
+
+The base finds the layers, chooses each one's scheme, hands a method that is `calibrated` the statistics of each
+layer's inputs as they are behind the already quantized prefix, and installs the packed weights in the graph. The
+vocabulary head and the token embedding are rounded to nearest with widths of their own; where they are one tied matrix
+and agree, they share the packed one.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, fx
+
+from graphwright import allocation, calibration, rounding, structure
+from graphwright.calibration import Collector, Stop
+from graphwright.errors import PassError
+from graphwright.ops import quantized_embedding, quantized_linear
+from graphwright.pass_ import Context, Pass, PassResult
+from graphwright.program import Program
+from graphwright.rewrite import Editor
+from graphwright.rounding import Grid, Quantized
+from graphwright.scheme import FormatName, LayerOptions, ScaleType, Scheme
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer that is to be quantized: the call, its weight [N, K] and the scheme."""
+
+    node: fx.Node
+    weight: fx.Node
+    scheme: Scheme
+    head: bool
+
+    @property
+    def name(self) -> str:
+        """Name of the weight."""
+        return str(self.weight.target)
+
+
+class WeightQuantizer(Pass):
+    """Base of the methods that map a weight, and perhaps statistics of its inputs, to codes."""
+
+    kind = "approximate"
+    requires = ("linear",)
+    after = ("merged_linear", "float_dtype", "folded")
+    provides = ("quantized",)
+    conflicts = ("quantized",)
+    calibrated: ClassVar[bool] = False
+    """Whether `solve` wants statistics of a layer's inputs."""
+
+    group_size: int = Field(64, ge=-1, description="weights that share a scale along the input; 0: the whole row")
+    scale_dtype: ScaleType = Field("float16", description="dtype of the scales")
+    head_bits: Literal[0, 4, 8] = Field(8, description="bits of the vocabulary head, per row; 0 keeps it")
+    embedding_bits: Literal[0, 8] = Field(8, description="bits of the token embedding, per row; 0 keeps it")
+    layers: dict[str, LayerOptions] = Field({}, description="changes for layers whose weight matches a pattern")
+    keep_first: int = Field(0, ge=0, description="linear layers at the start that stay in floating point")
+    keep_last: int = Field(0, ge=0, description="linear layers before the head that stay in floating point")
+
+    @field_validator("layers")
+    @classmethod
+    def _patterns(cls, value: dict[str, LayerOptions]) -> dict[str, LayerOptions]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+        return value
+
+    def model_post_init(self, _context: Any) -> None:
+        """Refuses options that make no scheme when the recipe is read, not hours later."""
+        for options in (LayerOptions(), *self.layers.values()):
+            options.apply(self.scheme())
+
+    def scheme(self) -> Scheme:
+        """The scheme of a layer that no pattern names."""
+        raise NotImplementedError(f"pass {self.name} defines no scheme")
+
+    @property
+    def calibrates(self) -> bool:
+        """A calibrated method always does."""
+        return self.calibrated
+
+    def choose(self, program: Program, context: Context, layers: list[Layer]) -> tuple[list[Layer], dict[str, Any]]:
+        """The layers with the schemes that they shall have in the end, and notes on the choice for the report."""
+        return layers, {}
+
+    def collector(self) -> Collector:
+        """A calibrated method's collector for one layer's inputs."""
+        raise NotImplementedError(f"pass {self.name} collects nothing")
+
+    def solve(self, weight: Tensor, scheme: Scheme, statistics: Any) -> Quantized:
+        """Rounds one weight [N, K]; `statistics` is the filled collector, or None where nothing is calibrated."""
+        raise NotImplementedError(f"pass {self.name} rounds nothing")
+
+    def error(self, weight: Tensor, quantized: Quantized, statistics: Any) -> float:
+        """Relative error of one layer: of its weight, unless a method can tell that of its output."""
+        return rounding.relative_weight_error(weight, quantized)
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        """Replaces every linear layer and token embedding that has a scheme.
+
+        Raises:
+            PassError: a layer cannot be rounded, a pattern names no layer, or activations are not finite.
+        """
+        with Editor(program, self.name, context.fuel) as editor:
+            edit = _Installation(editor)
+            layers, notes = self.choose(program, context, self._layers(program))
+            layers = [layer for layer in layers if editor.allow(layer.node)]
+            if self.calibrated:
+                self._walk(program, context, edit, [layer for layer in layers if not layer.head])
+            for count, layer in enumerate(layers):
+                if layer.head or not self.calibrated:
+                    context.progress(f"{self.name} {layer.name}", count / len(layers))
+                    self._install(edit, layer, None)
+            if self.embedding_bits:
+                for node, table in structure.embeddings(program):
+                    if editor.allow(node):
+                        edit.embedding(node, table, _per_row(self.embedding_bits, self.scale_dtype))
+        return PassResult(program, editor.sites, notes=notes, layer_errors=edit.errors)
+
+    def _layers(self, program: Program) -> list[Layer]:
+        head = structure.head(program)
+        found = structure.linears(program)
+        inner = [node for node, _ in found if node is not head]
+        kept = {*inner[: self.keep_first], *inner[max(0, len(inner) - self.keep_last) :]}
+        unmatched, layers = set(self.layers), []
+        for node, weight in found:
+            scheme = self._scheme_of(str(weight.target), node is head, unmatched)
+            if scheme is not None and node not in kept:
+                layers.append(Layer(node, weight, scheme, node is head))
+        if unmatched:
+            names = ", ".join(str(weight.target) for _, weight in found[:4])
+            raise PassError(
+                f"No layer's weight matches {', '.join(sorted(unmatched))}",
+                where=f"option layers of pass {self.name}",
+                fix=f"Weights are called {names}, …",
+            )
+        return layers
+
+    def _scheme_of(self, name: str, is_head: bool, unmatched: set[str]) -> Scheme | None:
+        scheme: Scheme | None = self.scheme()
+        if is_head:
+            scheme = _per_row(self.head_bits, self.scale_dtype) if self.head_bits else None
+        for pattern, options in self.layers.items():
+            if re.search(pattern, name):
+                unmatched.discard(pattern)
+                scheme = options.apply(scheme or self.scheme())
+        return scheme
+
+    def _walk(self, program: Program, context: Context, edit: "_Installation", layers: list[Layer]) -> None:
+        """Solves layers in the order in which data reaches them, each behind the quantized ones before it."""
+        stages = _stages(program, layers)
+        batches = calibration.samples(program, context)
+        edit.checkpoint = Checkpoint.of(self, program, batches, context)
+
+        def visit(index: int, collected: Collector) -> dict[fx.Node, Tensor]:
+            return {layer.node: self._install(edit, layer, collected).dense() for layer in stages[index][1]}
+
+        def known(index: int) -> bool:
+            return all(edit.known(layer) for layer in stages[index][1])
+
+        stops = [Stop(node, f"{self.name} {group[0].name}") for node, group in stages]
+        calibration.walk(program, batches, stops, self.collector, visit, context.progress, known)
+
+    def _install(self, edit: "_Installation", layer: Layer, statistics: Any) -> Quantized:
+        """Solves a layer, unless another one that reads the same weight is solved, and puts it in the graph."""
+        done = edit.find(layer)
+        if done is None:
+            weight = edit.editor.program.weight(layer.weight)
+            try:
+                if layer.head:
+                    done = rounding.quantize(weight, layer.scheme)
+                    error = rounding.relative_weight_error(weight, done)
+                else:
+                    done = self.solve(weight, layer.scheme, statistics)
+                    error = self.error(weight, done, statistics)
+            except PassError as reason:
+                raise PassError(reason.problem, where=reason.where or layer.name, fix=reason.fix) from reason
+            edit.keep(layer, done, error)
+        edit.linear(layer, done)
+        return done
+
+
+class IntegerQuantizer(WeightQuantizer):
+    """Base of the methods that round to integer codes."""
+
+    bits: Literal[2, 3, 4, 8] = Field(4, description="bits per weight")
+    symmetric: bool = Field(False, description="no zero points")
+    mixed_bits: float | None = Field(None, gt=0, description="mean bits per weight to spend as layers need them")
+    mixed_widths: tuple[Literal[2, 3, 4, 8], ...] = Field((2, 3, 4, 8), min_length=1, description="widths to mix")
+
+    def scheme(self) -> Scheme:
+        """From the pass's own options."""
+        return Scheme(
+            format=integer_format(self.bits),
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            scale_dtype=self.scale_dtype,
+        )
+
+    @property
+    def calibrates(self) -> bool:
+        """A calibrated method does, and any that mixes widths."""
+        return self.calibrated or self.mixed_bits is not None
+
+    def choose(self, program: Program, context: Context, layers: list[Layer]) -> tuple[list[Layer], dict[str, Any]]:
+        """With a budget of mean bits, gives each layer but the head the width that it needs most.
+
+        The loss of a layer at a width is the relative squared error of its output when it alone is rounded to
+        nearest, measured on the calibration data; the choice is exact. Layers that share a weight are one.
+        """
+        if self.mixed_bits is None:
+            return layers, {}
+        mixed = {layer.name: layer for layer in layers if not layer.head}
+        widths = sorted(self.mixed_widths)
+        options = self._measured(program, context, list(mixed.values()), widths)
+        weights = sum(layer.weight.meta["val"].numel() for layer in mixed.values())
+        points = allocation.frontier([options[name] for name in mixed])
+        chosen = allocation.within(points, int(self.mixed_bits * weights / 8))
+        bits = {name: widths[index] for name, index in zip(mixed, chosen.chosen, strict=True)}
+        step = max(1, len(points) // FRONTIER_POINTS)
+        drawn = [[point.bytes * 8 / weights, point.loss / len(mixed)] for point in points[::step]]
+        changed = [
+            layer if layer.head else replace(layer, scheme=_with_bits(layer.scheme, bits[layer.name]))
+            for layer in layers
+        ]
+        return changed, {"bits": bits, "frontier": drawn}
+
+    def _measured(
+        self, program: Program, context: Context, layers: list[Layer], widths: list[int]
+    ) -> dict[str, list[allocation.Option]]:
+        """Bytes and loss of every layer at every width, by weight name."""
+        stages = _stages(program, layers)
+        found: dict[str, list[allocation.Option]] = {}
+
+        def visit(index: int, collected: calibration.Hessian) -> dict[fx.Node, Tensor]:
+            for layer in stages[index][1]:
+                weight = program.weight(layer.weight)
+                found[layer.name] = [self._option(weight, layer.scheme, bits, collected.matrix) for bits in widths]
+            return {}
+
+        stops = [Stop(node, f"{self.name} sensitivity {group[0].name}") for node, group in stages]
+        batches = calibration.samples(program, context)
+        calibration.walk(program, batches, stops, calibration.Hessian, visit, context.progress)
+        return found
+
+    def _option(self, weight: Tensor, scheme: Scheme, bits: int, hessian: Tensor) -> allocation.Option:
+        narrow = _with_bits(scheme, bits)
+        dense = rounding.quantize(weight, narrow).dense()
+        return allocation.Option(narrow.bytes(*weight.shape), rounding.output_error(weight, dense, hessian) ** 2)
+
+
+FRONTIER_POINTS = 100
+"""At most about so many points of a frontier are kept for the report."""
+
+
+def _with_bits(scheme: Scheme, bits: int) -> Scheme:
+    return LayerOptions(format=integer_format(bits)).apply(scheme) or scheme
+
+
+def _stages(program: Program, layers: list[Layer]) -> list[tuple[fx.Node, list[Layer]]]:
+    """Layers by the tensor that they read, in graph order of the tensors."""
+    readers: dict[fx.Node, list[Layer]] = {}
+    for layer in layers:
+        readers.setdefault(layer.node.args[0], []).append(layer)  # type: ignore[arg-type]
+    order = {node: place for place, node in enumerate(program.graph.nodes)}
+    return sorted(readers.items(), key=lambda entry: order[entry[0]])
+
+
+def integer_format(bits: int) -> FormatName:
+    """`int4` for 4."""
+    names: dict[int, FormatName] = {2: "int2", 3: "int3", 4: "int4", 8: "int8"}
+    return names[bits]
+
+
+def _per_row(bits: int, scale_dtype: ScaleType) -> Scheme:
+    return Scheme(format=integer_format(bits), group_size=0, symmetric=True, scale_dtype=scale_dtype)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Solved layers on disk: an interrupted calibration goes on where it was.
+
+    One file per layer, written under another name first, in a folder that stands for the same pass, program and data.
+    """
+
+    folder: Path
+
+    @staticmethod
+    def of(one: Pass, program: Program, batches: list[dict[str, Tensor]], context: Context) -> "Checkpoint | None":
+        """The checkpoint of this calibration in the context's folder, or None without one."""
+        if context.checkpoint is None:
+            return None
+        digest = hashlib.sha256(f"{one.name} {one.model_dump_json()} {context.seed}\n{program.text()}".encode())
+        for batch in batches:
+            for name in sorted(batch):
+                digest.update(batch[name].contiguous().numpy().tobytes())
+        for tensor in program.weights().values():
+            digest.update(str(float(tensor.double().sum())).encode())
+        folder = context.checkpoint / f"{one.name}-{digest.hexdigest()[:16]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return Checkpoint(folder)
+
+    def file(self, name: str) -> Path:
+        """Where the layer whose weight has this name is kept."""
+        return self.folder / f"{name}.safetensors"
+
+    def save(self, name: str, quantized: Quantized, error: float) -> None:
+        """Writes one layer."""
+        tensors = {"packed": quantized.packed, "scale": quantized.grid.scale}
+        if quantized.grid.zero_point is not None:
+            tensors["zero_point"] = quantized.grid.zero_point
+        partial = self.file(name).with_suffix(".partial")
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, {"error": repr(error)})
+        partial.replace(self.file(name))
+
+    def load(self, name: str, scheme: Scheme, width: int) -> tuple[Quantized, float]:
+        """Reads one layer and its error."""
+        with safe_open(self.file(name), framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            error = float(file.metadata()["error"])
+        return Quantized(tensors["packed"], Grid(tensors["scale"], tensors.get("zero_point")), scheme, width), error
+
+
+@dataclass
+class _Installation:
+    """The edit in progress; a weight that several nodes read is quantized once per scheme."""
+
+    editor: Editor
+    errors: dict[str, float] = field(default_factory=dict)
+    checkpoint: Checkpoint | None = None
+    _names: dict[tuple[str, Scheme], tuple[str, ...]] = field(default_factory=dict)
+    _results: dict[tuple[str, Scheme], Quantized] = field(default_factory=dict)
+
+    def known(self, layer: Layer) -> bool:
+        """Whether the layer's weight need not be solved."""
+        stored = self.checkpoint is not None and not layer.head and self.checkpoint.file(layer.name).exists()
+        return stored or (layer.name, layer.scheme) in self._results
+
+    def find(self, layer: Layer) -> Quantized | None:
+        """What was solved for the layer's weight before, in this run or in the one that was interrupted."""
+        key = (layer.name, layer.scheme)
+        if key not in self._results and self.checkpoint is not None and self.known(layer):
+            width = layer.weight.meta["val"].shape[1]
+            self._results[key], self.errors[layer.name] = self.checkpoint.load(layer.name, layer.scheme, width)
+        return self._results.get(key)
+
+    def keep(self, layer: Layer, quantized: Quantized, error: float) -> None:
+        """Notes what was solved."""
+        self._results[(layer.name, layer.scheme)] = quantized
+        self.errors[layer.name] = error
+        if self.checkpoint is not None and not layer.head:
+            self.checkpoint.save(layer.name, quantized, error)
+
+    def linear(self, layer: Layer, quantized: Quantized) -> None:
+        """Puts a quantized linear layer in the place of a plain one."""
+        node, scheme = layer.node, layer.scheme
+        packed = self._nodes(node, layer.name, quantized)
+        bias = node.args[2] if len(node.args) > 2 else None
+        rest = (*packed, bias, scheme.format, quantized.group_size)
+        new = self.editor.call(quantized_linear, node.args[0], *rest, before=node)
+        self.editor.replace(node, new, layer.name)
+
+    def embedding(self, node: fx.Node, table: fx.Node, scheme: Scheme) -> None:
+        """Puts a quantized embedding in the place of a plain one."""
+        name, value = str(table.target), table.meta["val"]
+        done = self._results.get((name, scheme))
+        if done is None:
+            weight = self.editor.program.weight(name)
+            done = self._results[(name, scheme)] = rounding.quantize(weight, scheme)
+            self.errors[name] = rounding.relative_weight_error(weight, done)
+        shape = (scheme.format, done.group_size, done.width, value.dtype)
+        packed = self._nodes(node, name, done)
+        new = self.editor.call(quantized_embedding, node.args[1], *packed, *shape, before=node)
+        self.editor.replace(node, new, name)
+
+    def _nodes(self, before: fx.Node, name: str, quantized: Quantized) -> tuple[fx.Node | None, ...]:
+        """Nodes that read the packed weight, its scales and its zero points or None."""
+        key = (name, quantized.scheme)
+        symmetric = quantized.grid.zero_point is None
+        if key not in self._names:
+            stored = {quantized.scheme.format: quantized.packed, "scale": quantized.grid.scale}
+            if quantized.grid.zero_point is not None:
+                stored["zero_point"] = quantized.grid.zero_point
+            made = [self.editor.weight(f"{name}_{part}", tensor, before) for part, tensor in stored.items()]
+            self._names[key] = tuple(str(node.target) for node in made)
+            return (*made, None) if symmetric else tuple(made)
+        nodes: list[fx.Node | None] = [self.editor.read(stored_name, before) for stored_name in self._names[key]]
+        return (*nodes, None) if symmetric else tuple(nodes)

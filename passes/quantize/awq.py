@@ -1,0 +1,130 @@
+"""AWQ: weights whose inputs are large are scaled up before rounding, and ranges are clipped where that helps.
+
+First, for every tensor that linear layers read, s = (mean|X_j|)^a / normaliser is folded out of its maker and into
+the weights; a is searched on a grid that includes 0 (no scaling) for the least ||(Q(W s) / s - W) X|| on kept rows.
+Then the layers are rounded to nearest in order, each group's range shrunk by the factor that is best on its own inputs
+behind the quantized layers before it.
+"""
+
+from dataclasses import replace
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from graphwright import calibration, rounding, structure
+from graphwright.calibration import Channels, Stop
+from graphwright.folding import Site, fold_scale, scale_sites, value_of
+from graphwright.pass_ import Context, Paper, PassResult
+from graphwright.program import Program
+from graphwright.rewrite import Editor
+from graphwright.rounding import Grid, Quantized
+from graphwright.scheme import Scheme
+from graphwright.weight_quantizer import IntegerQuantizer
+
+CHUNK = 1 << 24
+"""Products that the clipping search holds at a time."""
+
+
+class Awq(IntegerQuantizer):
+    """Activation-aware weight scaling and clipping."""
+
+    name = "awq"
+    paper = Paper(
+        "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration",
+        "Lin et al.",
+        2023,
+        "2306.00978",
+    )
+    calibrated = True
+
+    steps: int = Field(20, gt=0, description="points of the search for a in [0, 1)")
+    clip_steps: int = Field(10, ge=0, description="ranges that are tried; 0 clips nothing")
+    clip_limit: float = Field(0.5, gt=0, le=1, description="part of the range that is always kept")
+    rows: int = Field(256, gt=0, description="calibration tokens on which both searches compare")
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        """Scales, then rounds and clips.
+
+        Raises:
+            PassError: see `WeightQuantizer.run`.
+        """
+        strengths = self._fold(program, context)
+        result = super().run(program, context)
+        return replace(result, notes={**result.notes, "strengths": strengths})
+
+    def collector(self) -> Channels:
+        """Rows to compare on."""
+        return Channels(self.rows)
+
+    def solve(self, weight: Tensor, scheme: Scheme, statistics: Channels) -> Quantized:
+        """Rounds to nearest over the best range of each group."""
+        wide = rounding.grouped(weight, scheme)
+        grid = rounding.grid(wide, scheme)
+        if self.clip_steps:
+            inputs = rounding.grouped(statistics.rows, scheme)
+            shrink = torch.cat([self._shrink(rows, inputs, scheme) for rows in self._chunks(wide, inputs)])
+            grid = rounding.grid(wide, scheme, shrink)
+        return rounding.quantize(weight, scheme, grid)
+
+    def error(self, weight: Tensor, quantized: Quantized, statistics: Channels) -> float:
+        """Relative error of the layer's output on the kept rows."""
+        rows = statistics.rows
+        return rounding.output_error(weight, quantized.dense(), rows.t() @ rows)
+
+    def _fold(self, program: Program, context: Context) -> dict[str, float]:
+        """Folds the best scales of every site; returns each one's a."""
+        head = structure.head(program)
+        sites = [site for site in scale_sites(program) if head not in site.readers]
+        strengths: dict[str, float] = {}
+        with Editor(program, self.name, context.fuel) as editor:
+
+            def visit(index: int, collected: Channels) -> dict[object, Tensor]:
+                site = sites[index]
+                if editor.allow(site.source):
+                    strength, scale = self._scale(program, site, collected)
+                    strengths[site.source.name] = strength
+                    if strength:
+                        fold_scale(editor, site, scale)
+                return {}
+
+            stops = [Stop(site.source, f"{self.name} scales {site.source.name}") for site in sites]
+            batches = calibration.samples(program, context)
+            calibration.walk(program, batches, stops, self.collector, visit, context.progress)  # type: ignore[arg-type]
+        return strengths
+
+    def _scale(self, program: Program, site: Site, collected: Channels) -> tuple[float, Tensor]:
+        scheme, rows = self.scheme(), collected.rows
+        weights = [
+            value_of(program, operand).float().movedim(operand.axis, -1).flatten(0, -2) for operand in site.weights
+        ]
+        stacked, moment = torch.cat(weights), rows.t() @ rows
+        mean = site.shared_maximum(collected.mean).clamp(min=1e-4)
+        place = site.free[1]
+        best, lowest = (0.0, torch.ones_like(mean)), float("inf")
+        for step in range(self.steps):
+            strength = step / self.steps
+            scale = mean**strength
+            scale = scale / (scale.max() * scale.min()).sqrt()
+            dense = rounding.quantize(stacked * scale[place], scheme).dense() / scale[place]
+            loss = rounding.output_error(stacked, dense, moment)
+            if loss < lowest:
+                best, lowest = (strength, scale), loss
+        return best
+
+    def _chunks(self, wide: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
+        """Weights [N, G, group_size] in parts whose products with the inputs fit in memory."""
+        return wide.split(max(1, CHUNK // (inputs.shape[0] * inputs.shape[1])))
+
+    def _shrink(self, wide: Tensor, inputs: Tensor, scheme: Scheme) -> Tensor:
+        """The best part of the range of each group, [N, G]; every group is judged by its own share of the output."""
+        best = wide.new_ones(wide.shape[:2])
+        lowest = torch.full_like(best, torch.inf)
+        for step in range(self.clip_steps + 1):
+            part = 1 - (1 - self.clip_limit) * step / self.clip_steps
+            grid: Grid = rounding.grid(wide, scheme, part)
+            error = grid.values(grid.codes(wide, scheme.format), scheme.format) - wide
+            loss = torch.einsum("ngk,tgk->ngt", error, inputs).square().sum(-1)
+            best = torch.where(loss < lowest, part, best)
+            lowest = torch.minimum(lowest, loss)
+        return best

@@ -1,0 +1,176 @@
+"""What each quantization method costs in accuracy: SmolLM2, held-out English text, one process per method.
+
+    python samples/bench/accuracy.py --only 'int4' --samples 16 --length 512
+
+Weights of this model lie on a 4-bit grid of blocks of 32, so groups of 64, 128 and whole rows are measured. Bytes are
+those of all weights; head and embedding have 8 bits in every quantized program. Peak memory is that of the process
+that rewrites and scores, which holds the original too. Layer error is the mean relative error over linear layers:
+of their outputs for gptq and awq, of their weights for the others. The methods under `outliers` start from a model
+whose norms were made to amplify a few channels by 64, with the layers behind them rescaled to match: the same function.
+"""
+
+import argparse
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from graphwright import accuracy, calibration, structure
+from graphwright.capture import capture
+from graphwright.compiled import CompileOptions, rewrite
+from graphwright.engine.tokenizer import Tokenizer
+from graphwright.feeding import logits_of
+from graphwright.folding import fold_scale, scale_sites
+from graphwright.ops import rms_norm
+from graphwright.program import Program
+from graphwright.recipe import Recipe
+from graphwright.rewrite import Editor
+from graphwright.sources import demo_model, open_model
+from graphwright.target import Target
+
+CPU = Target.parse("cpu")
+GROUPS = {"g64": 64, "g128": 128, "row": 0}
+AMPLIFIED, FACTOR = (7, 100, 333), 64.0
+
+
+def methods() -> dict[str, list[Any]]:
+    """The passes of every method by its label."""
+    found: dict[str, list[Any]] = {"fp32": []}
+    for bits in (2, 3, 4, 8):
+        for label, group in GROUPS.items():
+            for name in ("rtn", "gptq", "awq", "hqq"):
+                if bits < 8 or name == "rtn":
+                    found[f"{name} int{bits} {label}"] = [{name: {"bits": bits, "group_size": group}}]
+    found |= {"nf4 g64": ["nf4"], "mxfp4 g32": ["mxfp4"], "fp8 row": ["fp8"]}
+    w8 = {"rtn": {"bits": 8, "group_size": 0, "symmetric": True, "scale_dtype": "float32"}}
+    dynamic, static = {"activations": {}}, {"activations": {"static": True}}
+    found |= {
+        "w8a8 dynamic": [w8, dynamic],
+        "w8a8 static": [w8, static],
+        "smoothquant w8a8 dynamic": ["smoothquant", w8, dynamic],
+        "smoothquant w8a8 static": ["smoothquant", w8, static],
+        "fp8 weights and activations": ["fp8", {"activations": {"format": "fp8_e4m3"}}],
+        "llm_int8": ["llm_int8"],
+    }
+    for bits in (8, 4):
+        act = {"activations": {"format": f"int{bits}"}}
+        found[f"rtn w4a{bits}"] = [{"rtn": {}}, act]
+        found[f"gptq w4a{bits}"] = [{"gptq": {}}, act]
+        found[f"quarot + gptq w4a{bits}"] = ["quarot", {"gptq": {}}, act]
+    for label in ("w8a8 dynamic", "w8a8 static", "smoothquant w8a8 dynamic", "smoothquant w8a8 static", "llm_int8"):
+        found[f"outliers: {label}"] = found[label]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="regular expression that labels must match")
+    parser.add_argument("--samples", type=int, default=16, help="calibration windows")
+    parser.add_argument("--length", type=int, default=512, help="tokens per calibration window")
+    parser.add_argument("--windows", type=int, default=8, help="evaluation windows of 256 tokens")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the results here, one JSON object a line, as they come")
+    parser.add_argument("--worker", nargs=2, metavar=("LABEL", "FOLDER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.worker:
+        sys.stdout.write(json.dumps(measure(*arguments.worker, arguments)) + "\n")
+        return
+    console = Console()
+    labels = [label for label in methods() if re.search(arguments.only, label)]
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder))
+        rows = []
+        for label in labels:
+            rows.append(run_worker(label, folder))
+            console.print(rows[-1])
+            if arguments.json:
+                with arguments.json.open("a") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
+    console.print(table(rows))
+
+
+def prepare(folder: Path) -> None:
+    """Writes the merged program, the same function with outliers, and the tokenizer."""
+    source = open_model(demo_model())
+    shutil.copytree(source.tokenizer_directory, folder / "tokenizer")
+    captured = capture(source.model)
+    program = rewrite(captured, Recipe.load({"passes": ["merge_linear"]}), CPU, CompileOptions(verify=False))
+    (folder / "plain").mkdir()
+    program.save(folder / "plain")
+    planted = program.clone()
+    head = structure.head(planted)
+    with Editor(planted, "outliers") as editor:
+        for site in scale_sites(planted):
+            if site.maker.target is rms_norm.target and head not in site.readers:
+                scale = torch.ones(len(site.free[0]))
+                scale[list(AMPLIFIED)] = 1 / FACTOR
+                fold_scale(editor, site, scale)
+    (folder / "outliers").mkdir()
+    planted.save(folder / "outliers")
+
+
+def run_worker(label: str, folder: str) -> dict[str, Any]:
+    """Measures one method in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--worker", label, folder]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def measure(label: str, folder: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Rewrites and scores."""
+    tokenizer = Path(folder) / "tokenizer"
+    windows = accuracy.token_windows(
+        Tokenizer(tokenizer).encode(accuracy.built_in_text(held_out=True)), 256, arguments.windows
+    )
+    samples = calibration.from_text(tokenizer, None, arguments.samples, arguments.length)
+    plain = Program.load(Path(folder) / "plain")
+    start = Program.load(Path(folder) / ("outliers" if label.startswith("outliers") else "plain"))
+    options = CompileOptions(verify=False, calibration=tuple(samples))
+    began = time.perf_counter()
+    program = rewrite(start, Recipe.load({"passes": methods()[label]}), CPU, options)
+    seconds = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = accuracy.measure(lambda ids: logits_of(program, ids), windows, reference=lambda ids: logits_of(plain, ids))
+    errors = [e for r in program.history for e in r.notes.get("layer_errors", {}).values()]
+    return {
+        "method": label,
+        "bytes": sum(tensor.nbytes for tensor in program.weights().values()),
+        "perplexity": found.perplexity,
+        "kl": found.mean_kl,
+        "layer_error": sum(errors) / len(errors) if errors else 0.0,
+        "seconds": seconds,
+        "peak_bytes": peak * 1024,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    made = Table(title="SmolLM2-135M-Instruct, held-out text")
+    for column in ("method", "MB", "perplexity", "KL nats", "layer error", "seconds", "peak GB"):
+        made.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        made.add_row(
+            row["method"],
+            f"{row['bytes'] / 1e6:.0f}",
+            f"{row['perplexity']:.2f}",
+            f"{row['kl']:.4f}",
+            f"{row['layer_error']:.4f}",
+            f"{row['seconds']:.0f}",
+            f"{row['peak_bytes'] / 1e9:.1f}",
+        )
+    return made
+
+
+if __name__ == "__main__":
+    main()
