@@ -139,6 +139,15 @@ class Editor:
         self._replaced.add(node)
         self.sites.append(Site(node.name, note))
 
+    def retire(self, node: fx.Node) -> None:
+        """Erases a replaced call at once, with the weights that only it read, so that their memory is free again."""
+        sources = node.all_input_nodes
+        self.program.graph.erase_node(node)
+        for source in sources:
+            if source.op == "get_attr" and not source.users:
+                self.program.graph.erase_node(source)
+        drop_unused_weights(self.program)
+
     def note(self, node: fx.Node, note: str) -> None:
         """Counts a site whose node stays, such as a weight with new values."""
         self.sites.append(Site(node.name, note))

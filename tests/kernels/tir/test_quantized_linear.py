@@ -10,7 +10,8 @@ from torch.nn import functional
 from graphwright import packing
 from graphwright.kernels.tir import tiles
 from graphwright.kernels.tir.isa import ISAS, Isa, choose
-from graphwright.kernels.tir.quantized_linear import QuantizedLinear, matrix, vector
+from graphwright.kernels.tir.linear import Linear
+from graphwright.kernels.tir.quantized_linear import matrix, vector
 from graphwright.numerics import relative_error
 from graphwright.ops import quantize_dequantize, quantized_linear
 from graphwright.rounding import quantize
@@ -38,7 +39,7 @@ def check(rows: int, case: tuple, isa: Isa) -> float:
     packed, scale, zero = done.packed, done.grid.scale, done.grid.zero_point
     x, bias = torch.randn(1, rows, width), torch.randn(outputs) if with_bias else None
     expected = quantized_linear(quantize_dequantize(x, None, "int8", 0), packed, scale, zero, bias, format, group)
-    layer = QuantizedLinear(outputs, width, group, format, asymmetric, "float16", with_bias, with_residual, activation)
+    layer = Linear(outputs, width, format, group, asymmetric, "float16", with_bias, with_residual, activation)
     arguments = [code_rows(x, group), tiles.tile_codes(packed, format, group), tiles.tile_groups(scale)]
     if zero is not None:
         arguments.append(tiles.tile_zero_points(zero, format))
