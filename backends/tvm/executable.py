@@ -9,6 +9,7 @@ import tvm_ffi
 from torch import Tensor
 from tvm import relax
 
+from graphwright.backends.tvm import threads
 from graphwright.contract import Contract
 from graphwright.errors import ArtifactError, BackendError
 
@@ -40,6 +41,7 @@ class TvmExecutable:
             BackendError: state that is not contiguous, or a cache with fewer slots than keys are asked for.
         """
         self._check_capacity(tensors)
+        threads.follow_torch()
         arguments = [self._argument(name, tensors[name]) for name in self._contract.names]
         one = "decode" in self._forms and all(tensors[name].numel() == 1 for name in self._single)
         outputs = self._forms["decode" if one else "general"](*arguments, self._weights)
