@@ -5,24 +5,30 @@ the values, N output features, K input features, G groups along K.
 """
 
 from graphwright.ops.attention import attention
+from graphwright.ops.experts import experts
 from graphwright.ops.gated_activation import gated_activation
 from graphwright.ops.grouped_linear import grouped_linear
 from graphwright.ops.hadamard_transform import hadamard_transform
 from graphwright.ops.kv_cache_update import kv_cache_update
+from graphwright.ops.moe_routing import moe_routing
 from graphwright.ops.quantize_dequantize import quantize_dequantize
 from graphwright.ops.quantized_embedding import quantized_embedding
+from graphwright.ops.quantized_experts import quantized_experts
 from graphwright.ops.quantized_linear import quantized_linear
 from graphwright.ops.rms_norm import rms_norm
 from graphwright.ops.rope import rope
 
 __all__ = [
     "attention",
+    "experts",
     "gated_activation",
     "grouped_linear",
     "hadamard_transform",
     "kv_cache_update",
+    "moe_routing",
     "quantize_dequantize",
     "quantized_embedding",
+    "quantized_experts",
     "quantized_linear",
     "rms_norm",
     "rope",
