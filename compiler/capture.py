@@ -4,13 +4,14 @@
     program = capture(module, {"x": torch.randn(2, 16)})             any module: example inputs
     program = capture(module, {"x": x}, dims={"x": {0: "batch"}})    and which dimensions are symbolic
 
-Nothing is patched. Where export fails, the error names the operation, the line of the model that called it, and
+A loop over experts, which no export can follow, is replaced for the time of the capture where it is recognised; nothing
+else is touched. Where export fails, the error names the operation, the line of the model that called it, and
 what to try.
 """
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, fx, nn
 from graphwright import clean
 from graphwright.contract import Contract, Dim, InputSpec, Role
 from graphwright.errors import CaptureError, GraphwrightError
+from graphwright.expert_loops import unrolled
 from graphwright.program import Metadata, Program
 from graphwright.serialize import set_attribute
 
@@ -183,12 +185,28 @@ def _export(model: nn.Module, inputs: Mapping[str, Any], contract: Contract) -> 
         else None
         for name in inputs
     }
-    try:
+
+    def export() -> torch.export.ExportedProgram:
         # Without no_grad, rotary code arrives as a nested graph that rules cannot see into.
         with torch.no_grad():
             exported = torch.export.export(model, (), dict(inputs), dynamic_shapes=dynamic, strict=False)
-            if any(_mutates(node) for node in exported.graph.nodes):
-                exported = exported.run_decompositions({})
+            return exported.run_decompositions({}) if any(map(_mutates, exported.graph.nodes)) else exported
+
+    try:
+        return export()
+    except GraphwrightError:
+        raise
+    except Exception as error:
+        if _data_dependent(str(error)):
+            with unrolled(model) as loops:
+                if loops:
+                    return _flat_after_loops(model, export)
+        raise _capture_error(model, error) from error
+
+
+def _flat_after_loops(model: nn.Module, export: Callable[[], Any]) -> torch.export.ExportedProgram:
+    try:
+        exported: torch.export.ExportedProgram = export()
     except GraphwrightError:
         raise
     except Exception as error:
@@ -242,9 +260,13 @@ def _advice(message: str) -> str:
             "The model fixes a size that was asked to be symbolic, often by a Python loop over it: capture with dims "
             "that leave this axis out, at the size you need"
         )
-    if "data-dependent" in message or "unbacked" in message or "GuardOnDataDependent" in message:
+    if _data_dependent(message):
         return "A branch or shape depends on tensor values: replace it with torch.where or a fixed size"
     return "Check that the model runs on the example inputs, and that its forward uses torch operations only"
+
+
+def _data_dependent(message: str) -> bool:
+    return any(word in message for word in ("data-dependent", "unbacked", "GuardOnDataDependent", "DataDependent"))
 
 
 def _flatten(exported: torch.export.ExportedProgram, tensors: Mapping[str, Tensor]) -> fx.GraphModule:

@@ -26,7 +26,8 @@ from torch import Tensor, fx
 from graphwright import allocation, calibration, rounding, structure
 from graphwright.calibration import Collector, Stop
 from graphwright.errors import PassError
-from graphwright.ops import quantized_embedding, quantized_linear
+from graphwright.expert_quantizer import ExpertLayer, expert_layers, quantize_experts
+from graphwright.ops import moe_routing, quantized_embedding, quantized_linear
 from graphwright.pass_ import Context, Pass, PassResult
 from graphwright.program import Program
 from graphwright.rewrite import Editor
@@ -54,7 +55,7 @@ class WeightQuantizer(Pass):
 
     kind = "approximate"
     requires = ("linear",)
-    after = ("merged_linear", "float_dtype", "folded")
+    after = ("merged_linear", "float_dtype", "folded", "experts")
     provides = ("quantized",)
     conflicts = ("quantized",)
     calibrated: ClassVar[bool] = False
@@ -116,7 +117,11 @@ class WeightQuantizer(Pass):
         """
         with Editor(program, self.name, context.fuel) as editor:
             edit = _Installation(editor)
-            layers, notes = self.choose(program, context, self._layers(program))
+            unmatched = set(self.layers)
+            found = self._layers(program, unmatched)
+            mixtures = expert_layers(program, lambda name: self._scheme_of(name, False, unmatched))
+            self._refuse_unmatched(unmatched, [*found, *(m.up for m in mixtures)])
+            layers, notes = self.choose(program, context, found)
             layers = [layer for layer in layers if editor.allow(layer.node)]
             if self.calibrated:
                 self._walk(program, context, edit, [layer for layer in layers if not layer.head])
@@ -124,29 +129,49 @@ class WeightQuantizer(Pass):
                 if layer.head or not self.calibrated:
                     context.progress(f"{self.name} {layer.name}", count / len(layers))
                     self._install(edit, layer, None)
+            self._experts(context, edit, mixtures, notes)
             if self.embedding_bits:
                 for node, table in structure.embeddings(program):
                     if editor.allow(node):
                         edit.embedding(node, table, _per_row(self.embedding_bits, self.scale_dtype))
         return PassResult(program, editor.sites, notes=notes, layer_errors=edit.errors)
 
-    def _layers(self, program: Program) -> list[Layer]:
+    def _experts(
+        self, context: Context, edit: "_Installation", mixtures: list[ExpertLayer], notes: dict[str, Any]
+    ) -> None:
+        """Rounds every expert by itself; a calibrated method, which may see too few tokens of one, to nearest."""
+
+        def solve(weight: Tensor, scheme: Scheme) -> Quantized:
+            return rounding.quantize(weight, scheme) if self.calibrated else self.solve(weight, scheme, None)
+
+        for count, mixture in enumerate(mixtures):
+            if edit.editor.allow(mixture.node):
+                done = count / len(mixtures)
+                progress = lambda text, done=done: context.progress(f"{self.name} {text}", done)  # noqa: E731
+                edit.errors.update(quantize_experts(edit.editor, mixture, solve, progress))
+        if mixtures and self.calibrated:
+            notes["experts"] = "rounded to nearest, not calibrated"
+
+    def _refuse_unmatched(self, unmatched: set[str], known: list[Any]) -> None:
+        if unmatched:
+            raise PassError(
+                f"No layer's weight matches {', '.join(sorted(unmatched))}",
+                where=f"option layers of pass {self.name}",
+                fix=f"Weights are called {', '.join(layer.name for layer in known[:4])}, …",
+            )
+
+    def _layers(self, program: Program, unmatched: set[str]) -> list[Layer]:
         head = structure.head(program)
         found = structure.linears(program)
         inner = [node for node, _ in found if node is not head]
         kept = {*inner[: self.keep_first], *inner[max(0, len(inner) - self.keep_last) :]}
-        unmatched, layers = set(self.layers), []
+        layers = []
         for node, weight in found:
+            if any(user.target is moe_routing.target for user in node.users):
+                continue  # A small error of a router's logits is another expert.
             scheme = self._scheme_of(str(weight.target), node is head, unmatched)
             if scheme is not None and node not in kept:
                 layers.append(Layer(node, weight, scheme, node is head))
-        if unmatched:
-            names = ", ".join(str(weight.target) for _, weight in found[:4])
-            raise PassError(
-                f"No layer's weight matches {', '.join(sorted(unmatched))}",
-                where=f"option layers of pass {self.name}",
-                fix=f"Weights are called {names}, …",
-            )
         return layers
 
     def _scheme_of(self, name: str, is_head: bool, unmatched: set[str]) -> Scheme | None:

@@ -89,8 +89,9 @@ class InductorBackend:
 
         fakes = [node.meta["val"] for node in program.graph.find_nodes(op="placeholder")]
         table = {**select_decomp_table(), **{op.target: lowering(op.target, "general") for op in OPS.values()}}
-        # Experts are sliced by values that are known only at run time; that op is called as it is.
-        table.pop(OPS["grouped_linear"].target)
+        # Rows are sorted by expert, which is known only at run time; those ops are called as they are.
+        for name in ("experts", "grouped_linear", "quantized_experts"):
+            table.pop(OPS[name].target)
         compiled = compile_fx(program.module, fakes, decompositions=table)
         return lambda arguments: compiled(*arguments)
 

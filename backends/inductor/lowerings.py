@@ -1,7 +1,8 @@
 """How semantic ops become ATen that Inductor compiles well, in two forms.
 
 `decode` is for one token of one sequence: everything is a walk over weights and cache, written as reductions.
-`general` is for any number of tokens: matrix products and the flash kernel. A semantic op without an entry is
+`general` is for any number of tokens: matrix products and the flash kernel. Rows sorted by expert are known only at run
+time; an op over them stands for itself, and its own kernel is called. A semantic op without an entry is
 lowered to its reference.
 """
 
@@ -13,8 +14,10 @@ from torch import Tensor, fx, nn
 
 from graphwright.backends.inductor.attention import attention_by_flash, attention_by_reduction
 from graphwright.backends.inductor.barrier import realize
+from graphwright.backends.inductor.experts import experts_by_reduction, quantized_experts_by_reduction
 from graphwright.backends.inductor.linear import dequantize, linear, quantized_linear, quantized_matmul
 from graphwright.op import op_of
+from graphwright.ops import experts, grouped_linear, quantized_experts
 
 aten = torch.ops.aten
 
@@ -75,8 +78,11 @@ def quantized_embedding(
 
 LOWERINGS: Mapping[Any, Mapping[Form, Lowering]] = {
     "attention": {"decode": attention_by_reduction, "general": attention_by_flash},
+    "experts": {"decode": experts_by_reduction, "general": experts},
+    "grouped_linear": {"decode": grouped_linear, "general": grouped_linear},
     "kv_cache_update": {"decode": kv_cache_update, "general": kv_cache_update},
     "quantized_embedding": {"decode": quantized_embedding, "general": quantized_embedding},
+    "quantized_experts": {"decode": quantized_experts_by_reduction, "general": quantized_experts},
     "quantized_linear": {"decode": quantized_linear, "general": quantized_matmul},
     "rope": {"decode": rope, "general": rope},
     aten.linear.default: {"decode": linear, "general": aten.linear.default},

@@ -1,0 +1,257 @@
+"""Loops over experts that torch.export cannot follow, put as sorted products for the time of a capture.
+
+    for expert in hit:                                  ids, order = sort(indices)
+        rows = where(indices == expert)        →        h = grouped_linear(x[order // k], up, ends)
+        y.index_add_(0, rows, mlp(x[rows]) * w)         y = sum over choices of grouped_linear(act(h), down, ends) * w
+
+A loop is recognised by the tensors and layers that its module holds, and by what the module computes: the replacement
+is taken only where it gives the module's own outputs on random tokens, and on many equal ones, which no expert of
+limited capacity could all take. Two forms are known: a module of stacked weights [E, …] called with tokens, indices
+and weights (transformers' eager experts), and a block with a linear router and a list of expert MLPs.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphwright.numerics import EXACT_TOLERANCE, relative_error
+from graphwright.ops import grouped_linear, moe_routing
+from graphwright.ops.experts import CLAMPED_SWIGLU, activate
+from graphwright.ops.gated_activation import ACTIVATIONS
+from graphwright.ops.moe_routing import SCORING
+
+EQUAL_TOKENS = 512
+"""Equal tokens that a loop must not drop any of."""
+
+
+@dataclass(frozen=True)
+class _Mlp:
+    """Weights [E, N, K] of all experts, the gate's rows first, and what stands between the products."""
+
+    up: Tensor
+    up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+    activation: str
+    gated: bool
+    interleaved: bool
+    alpha: float = 1.0
+    limit: float = 0.0
+
+    def __call__(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        count, top_k = self.up.shape[0], indices.shape[1]
+        ids, order = indices.reshape(-1).sort()
+        ends = torch.histc(ids.float(), count, 0, count - 1).cumsum(0, dtype=torch.int32)
+        inner = grouped_linear(x[order // top_k], self.up.transpose(1, 2), ends)
+        inner = inner if self.up_bias is None else inner + self.up_bias[ids]
+        if self.interleaved:
+            inner = torch.cat([inner[:, ::2], inner[:, 1::2]], -1)
+        inner = activate(inner, self.activation, self.gated, self.alpha, self.limit)
+        outer = grouped_linear(inner, self.down.transpose(1, 2), ends)
+        outer = outer if self.down_bias is None else outer + self.down_bias[ids]
+        outer = outer * weights.reshape(-1)[order].unsqueeze(-1)
+        places = torch.empty_like(order).index_put((order,), torch.arange(order.shape[0], device=order.device))
+        return outer[places].reshape(-1, top_k, outer.shape[1]).sum(1).to(x.dtype)
+
+
+@contextmanager
+def unrolled(model: nn.Module) -> Iterator[list[str]]:
+    """Replaces the forward of every loop that is recognised; yields their names, and puts all back at the end."""
+    changed: list[tuple[nn.Module, list[str]]] = []
+    names = []
+    try:
+        with torch.no_grad():
+            for name, module in list(model.named_modules()):
+                if any(name.startswith(f"{done}.") for done in names):
+                    continue
+                made = _stacked(module) or _listed(module)
+                if made is None:
+                    continue
+                forward, tensors = made
+                for key, tensor in tensors.items():
+                    module.register_buffer(key, tensor, persistent=False)
+                module.forward = forward
+                changed.append((module, list(tensors)))
+                names.append(name)
+        yield names
+    finally:
+        for module, keys in changed:
+            del module.forward
+            for key in keys:
+                delattr(module, key)
+
+
+# A module of stacked weights
+
+
+def _stacked(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]] | None:
+    own = dict(module.named_parameters(recurse=False))
+    stacks = {name: p for name, p in own.items() if p.dim() == 3}
+    biases = {name: p for name, p in own.items() if p.dim() == 2}
+    if len(stacks) != 2 or len(own) != len(stacks) + len(biases) or len({p.shape[0] for p in own.values()}) != 1:
+        return None
+    count = next(iter(stacks.values())).shape[0]
+    numbers = {float(v) for v in vars(module).values() if type(v) is float and v > 0}
+    for (first, up), (second, down) in itertools.permutations(stacks.items()):
+        for flip in (False, True):
+            wide, narrow = (t.transpose(1, 2) if flip else t for t in (up, down))
+            bias = [_bias(biases, count, t.shape[1], stack) for t, stack in ((wide, first), (narrow, second))]
+            if sum(b is not None for b in bias) != len(biases) or wide.shape[2] != narrow.shape[1]:
+                continue
+            for kind in _middles(wide.shape[1], narrow.shape[2], numbers):
+                mlp = _Mlp(wide, bias[0], narrow, bias[1], *kind)
+                for order in ((0, 1, 2), (0, 2, 1)):
+                    if _same_stack(module, mlp, order):
+                        return _stack_forward(mlp, order), {}
+    return None
+
+
+def _bias(biases: dict[str, nn.Parameter], count: int, outputs: int, stack: str) -> Tensor | None:
+    fitting = [n for n, b in biases.items() if tuple(b.shape) == (count, outputs)]
+    named = [n for n in fitting if n.startswith(stack)] or fitting
+    return biases[named[0]] if named else None
+
+
+def _middles(wide: int, inner: int, numbers: set[float]) -> Iterator[tuple[Any, ...]]:
+    """(activation, gated, interleaved, alpha, limit) that fit the widths."""
+    if wide == 2 * inner:
+        for name, interleaved in itertools.product(ACTIVATIONS, (False, True)):
+            yield name, True, interleaved
+        for alpha, limit, interleaved in itertools.product(numbers, numbers, (True, False)):
+            yield CLAMPED_SWIGLU, True, interleaved, alpha, limit
+    elif wide == inner:
+        for name in ACTIVATIONS:
+            yield name, False, False
+
+
+def _stack_forward(mlp: _Mlp, order: tuple[int, ...]) -> Callable[..., Tensor]:
+    def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
+        given = (*args, *kwargs.values())
+        x, indices, weights = (given[place] for place in order)
+        return mlp(x, weights, indices)
+
+    return forward
+
+
+def _same_stack(module: nn.Module, mlp: _Mlp, order: tuple[int, ...]) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    count, width = mlp.up.shape[0], mlp.up.shape[2]
+    for top_k in {1, min(2, count)}:
+        x = torch.randn(23, width, generator=generator).to(mlp.up.dtype)
+        indices = torch.rand(23, count, generator=generator).argsort(-1)[:, :top_k]
+        weights = torch.rand(23, top_k, generator=generator).to(mlp.up.dtype)
+        given = [x, indices, weights]
+        if not _agrees(lambda: module(*(given[order.index(p)] for p in range(3))), mlp(x, weights, indices)):
+            return False
+    return True
+
+
+# A block with a router and a list of experts
+
+
+def _listed(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]] | None:
+    lists = [c for c in module.children() if isinstance(c, (nn.ModuleList, nn.ModuleDict)) and len(c) > 1]
+    if len(lists) != 1 or any("capacity" in name for part in module.modules() for name in vars(part)):
+        return None
+    members = list(lists[0].values() if isinstance(lists[0], nn.ModuleDict) else lists[0])
+    routers = [c for c in module.children() if isinstance(c, nn.Linear) and c.out_features == len(members)]
+    linears = [[part for part in member.modules() if isinstance(part, nn.Linear)] for member in members]
+    if len(routers) != 1 or any(len(own) != len(linears[0]) or len(own) not in (2, 3) for own in linears):
+        return None
+    held = set(itertools.chain(*(m.parameters() for m in (lists[0], routers[0]))))
+    if any(p not in held for p in module.parameters()):
+        return None
+    mlp = _member_mlp(members, linears)
+    if mlp is None:
+        return None
+    whole = {v for v in vars(module).values() if type(v) is int and 1 <= v <= len(members)}
+    for top_k, scoring, normalize in itertools.product(sorted(whole), SCORING, (False, True)):
+        forward = _block_forward(module, routers[0], mlp, (top_k, scoring, normalize))
+        if _same_block(module, forward, routers[0].weight):
+            tensors = {"experts_up": mlp.up, "experts_down": mlp.down}
+            biases = {"experts_up_bias": mlp.up_bias, "experts_down_bias": mlp.down_bias}
+            return forward, {**tensors, **{n: b for n, b in biases.items() if b is not None}}
+    return None
+
+
+def _member_mlp(members: list[nn.Module], linears: list[list[nn.Linear]]) -> _Mlp | None:
+    """The experts' weights stacked, if every expert is the same known MLP."""
+    x = torch.randn(7, linears[0][0].in_features, generator=torch.Generator().manual_seed(0))
+    x = x.to(linears[0][0].weight.dtype)
+    for order in itertools.permutations(range(len(linears[0]))):
+        *into, last = order
+        shapes = [[tuple(own[i].weight.shape) for i in order] for own in linears]
+        gates = {shape for own in shapes for shape in own[:-1]}
+        downs = {own[-1] for own in shapes}
+        if len(gates) != 1 or len(downs) != 1:
+            continue
+        (inner, width), (outputs, read) = gates.pop(), downs.pop()
+        if width != x.shape[1] or read != inner:
+            continue
+        stacks = [_stack(linears, into, "weight"), _stack(linears, into, "bias")]
+        ends = [_stack(linears, [last], "weight"), _stack(linears, [last], "bias")]
+        for kind in _middles(len(into) * inner, inner, set()):
+            if kind[2] or stacks[0] is None or ends[0] is None:
+                continue
+            mlp = _Mlp(stacks[0], stacks[1], ends[0], ends[1], *kind)
+            one = torch.ones(7, 1, dtype=x.dtype)
+            ids = [torch.full((7, 1), i) for i in range(len(members))]
+            pairs = zip(members, ids, strict=True)
+            if all(_agrees(lambda m=m: m(x), mlp(x, one, i)) for m, i in pairs):
+                return mlp
+    return None
+
+
+def _stack(linears: list[list[nn.Linear]], places: list[int], name: str) -> Tensor | None:
+    """Parameters [E, …] of the layers at `places`, below each other; None if there are none."""
+    parts = [[getattr(own[place], name) for place in places] for own in linears]
+    if any(part is None for own in parts for part in own):
+        return None
+    return torch.stack([torch.cat([p.detach() for p in own]) for own in parts])
+
+
+def _block_forward(
+    module: nn.Module, router: nn.Linear, mlp: _Mlp, routing: tuple[Any, ...]
+) -> Callable[..., Any]:
+    top_k, scoring, normalize = routing
+
+    def forward(hidden: Tensor) -> Tensor:
+        x = hidden.reshape(-1, hidden.shape[-1])
+        weights, indices = moe_routing(router(x), None, top_k, scoring, normalize)
+        # The buffers are there while the loop is replaced, so that the program's weights get names.
+        stored = _Mlp(
+            getattr(module, "experts_up", mlp.up),
+            getattr(module, "experts_up_bias", mlp.up_bias),
+            getattr(module, "experts_down", mlp.down),
+            getattr(module, "experts_down_bias", mlp.down_bias),
+            mlp.activation, mlp.gated, mlp.interleaved,
+        )  # fmt: skip
+        return stored(x, weights.to(x.dtype), indices).reshape(*hidden.shape[:-1], mlp.down.shape[1])
+
+    return forward
+
+
+def _same_block(module: nn.Module, forward: Callable[..., Any], weight: Tensor) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    several = torch.randn(2, 19, weight.shape[1], generator=generator).to(weight.dtype)
+    equal = several[:1, :1].expand(1, EQUAL_TOKENS, -1).contiguous()
+    for x in (several, equal):
+        if not any(_agrees(lambda x=y: module(x), forward(y)) for y in (x, x[0])):
+            return False
+    return True
+
+
+def _agrees(call: Callable[[], Any], expected: Tensor) -> bool:
+    """Whether a module gives a tensor; one that does not take the arguments is another kind of module."""
+    try:
+        found = call()
+    except (TypeError, ValueError, IndexError, RuntimeError):
+        return False
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return False
+    return relative_error(found, expected) <= EXACT_TOLERANCE[expected.dtype]
