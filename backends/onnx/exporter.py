@@ -37,6 +37,9 @@ CARRIED = ("int8", "int4")
 REPLACED = {"kv_cache", "selected_logits"}
 """Properties whose passes give way to explicit caches and the logits of every token."""
 
+LEFT_OUT = REPLACED | {"experts"}
+"""Properties whose passes are not run: experts are written as products of sorted rows."""
+
 VERIFY_TOKENS = 33
 
 
@@ -59,8 +62,8 @@ class OnnxExporter:
                     f"Pass {one.name} works on caches in place, and the caches of an ONNX model are inputs and outputs",
                     fix="Use a recipe without it",
                 )
-        kept = [one for one in recipe.passes if not REPLACED & set(one.provides)]
-        cached = len(kept) < len(recipe.passes)
+        kept = [one for one in recipe.passes if not LEFT_OUT & set(one.provides)]
+        cached = any(REPLACED & set(one.provides) for one in recipe.passes)
         return recipe.model_copy(update={"passes": (*kept, *([make_pass("explicit_cache")] if cached else []))})
 
     def write(
