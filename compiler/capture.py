@@ -11,7 +11,7 @@ what to try.
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -193,25 +193,18 @@ def _export(model: nn.Module, inputs: Mapping[str, Any], contract: Contract) -> 
             return exported.run_decompositions({}) if any(map(_mutates, exported.graph.nodes)) else exported
 
     try:
-        return export()
+        with unrolled(model, stacked=False):
+            return export()
     except GraphwrightError:
         raise
     except Exception as error:
-        if _data_dependent(str(error)):
-            with unrolled(model) as loops:
-                if loops:
-                    return _flat_after_loops(model, export)
-        raise _capture_error(model, error) from error
-
-
-def _flat_after_loops(model: nn.Module, export: Callable[[], Any]) -> torch.export.ExportedProgram:
+        if not _data_dependent(str(error)):
+            raise _capture_error(model, error) from error
     try:
-        exported: torch.export.ExportedProgram = export()
-    except GraphwrightError:
-        raise
+        with unrolled(model, stacked=True):
+            return export()
     except Exception as error:
         raise _capture_error(model, error) from error
-    return exported
 
 
 def _mutates(node: fx.Node) -> bool:

@@ -10,6 +10,7 @@ limited capacity could all take. Two forms are known: a module of stacked weight
 and weights (transformers' eager experts), and a block with a linear router and a list of expert MLPs.
 """
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,17 +43,20 @@ class _Mlp:
     interleaved: bool
     alpha: float = 1.0
     limit: float = 0.0
+    flipped: bool = False
+    """Both weights are stored as [E, K, N]."""
 
     def __call__(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         count, top_k = self.up.shape[0], indices.shape[1]
+        up, down = (w if self.flipped else w.transpose(1, 2) for w in (self.up, self.down))
         ids, order = indices.reshape(-1).sort()
         ends = torch.histc(ids.float(), count, 0, count - 1).cumsum(0, dtype=torch.int32)
-        inner = grouped_linear(x[order // top_k], self.up.transpose(1, 2), ends)
+        inner = grouped_linear(x[order // top_k], up, ends)
         inner = inner if self.up_bias is None else inner + self.up_bias[ids]
         if self.interleaved:
             inner = torch.cat([inner[:, ::2], inner[:, 1::2]], -1)
         inner = activate(inner, self.activation, self.gated, self.alpha, self.limit)
-        outer = grouped_linear(inner, self.down.transpose(1, 2), ends)
+        outer = grouped_linear(inner, down, ends)
         outer = outer if self.down_bias is None else outer + self.down_bias[ids]
         outer = outer * weights.reshape(-1)[order].unsqueeze(-1)
         places = torch.empty_like(order).index_put((order,), torch.arange(order.shape[0], device=order.device))
@@ -60,8 +64,13 @@ class _Mlp:
 
 
 @contextmanager
-def unrolled(model: nn.Module) -> Iterator[list[str]]:
-    """Replaces the forward of every loop that is recognised; yields their names, and puts all back at the end."""
+def unrolled(model: nn.Module, stacked: bool) -> Iterator[list[str]]:
+    """Replaces the forward of every loop that is recognised; yields their names, and puts all back at the end.
+
+    Args:
+        model: what is to be captured.
+        stacked: replace modules of stacked weights too; not all of them are loops.
+    """
     changed: list[tuple[nn.Module, list[str]]] = []
     names = []
     try:
@@ -69,10 +78,10 @@ def unrolled(model: nn.Module) -> Iterator[list[str]]:
             for name, module in list(model.named_modules()):
                 if any(name.startswith(f"{done}.") for done in names):
                     continue
-                made = _stacked(module) or _listed(module)
+                made = (_stacked(module) if stacked else None) or _listed(module)
                 if made is None:
                     continue
-                forward, tensors = made
+                forward, tensors = _as_called(module, made[0]), made[1]
                 for key, tensor in tensors.items():
                     module.register_buffer(key, tensor, persistent=False)
                 module.forward = forward
@@ -84,6 +93,17 @@ def unrolled(model: nn.Module) -> Iterator[list[str]]:
             del module.forward
             for key in keys:
                 delattr(module, key)
+
+
+def _as_called(module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of the tensors in the order of the module's own parameters, however a caller names them."""
+    signature = inspect.signature(module.forward)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return function(*signature.bind(*args, **kwargs).arguments.values())
+
+    forward.__signature__ = signature  # export names inputs by it
+    return forward
 
 
 # A module of stacked weights
@@ -104,7 +124,8 @@ def _stacked(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]] 
             if sum(b is not None for b in bias) != len(biases) or wide.shape[2] != narrow.shape[1]:
                 continue
             for kind in _middles(wide.shape[1], narrow.shape[2], numbers):
-                mlp = _Mlp(wide, bias[0], narrow, bias[1], *kind)
+                middle = (*kind, 1.0, 0.0)[:5]
+                mlp = _Mlp(up, bias[0], down, bias[1], *middle, flip)
                 for order in ((0, 1, 2), (0, 2, 1)):
                     if _same_stack(module, mlp, order):
                         return _stack_forward(mlp, order), {}
@@ -130,8 +151,7 @@ def _middles(wide: int, inner: int, numbers: set[float]) -> Iterator[tuple[Any, 
 
 
 def _stack_forward(mlp: _Mlp, order: tuple[int, ...]) -> Callable[..., Tensor]:
-    def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
-        given = (*args, *kwargs.values())
+    def forward(*given: Tensor) -> Tensor:
         x, indices, weights = (given[place] for place in order)
         return mlp(x, weights, indices)
 
@@ -140,13 +160,13 @@ def _stack_forward(mlp: _Mlp, order: tuple[int, ...]) -> Callable[..., Tensor]:
 
 def _same_stack(module: nn.Module, mlp: _Mlp, order: tuple[int, ...]) -> bool:
     generator = torch.Generator().manual_seed(0)
-    count, width = mlp.up.shape[0], mlp.up.shape[2]
+    count, width = mlp.up.shape[0], mlp.up.shape[1 if mlp.flipped else 2]
     for top_k in {1, min(2, count)}:
         x = torch.randn(23, width, generator=generator).to(mlp.up.dtype)
         indices = torch.rand(23, count, generator=generator).argsort(-1)[:, :top_k]
         weights = torch.rand(23, top_k, generator=generator).to(mlp.up.dtype)
         given = [x, indices, weights]
-        if not _agrees(lambda: module(*(given[order.index(p)] for p in range(3))), mlp(x, weights, indices)):
+        if not _agrees(module, [given[order.index(place)] for place in range(3)], mlp(x, weights, indices)):
             return False
     return True
 
@@ -190,7 +210,7 @@ def _member_mlp(members: list[nn.Module], linears: list[list[nn.Linear]]) -> _Ml
         downs = {own[-1] for own in shapes}
         if len(gates) != 1 or len(downs) != 1:
             continue
-        (inner, width), (outputs, read) = gates.pop(), downs.pop()
+        (inner, width), (_, read) = gates.pop(), downs.pop()
         if width != x.shape[1] or read != inner:
             continue
         stacks = [_stack(linears, into, "weight"), _stack(linears, into, "bias")]
@@ -202,7 +222,7 @@ def _member_mlp(members: list[nn.Module], linears: list[list[nn.Linear]]) -> _Ml
             one = torch.ones(7, 1, dtype=x.dtype)
             ids = [torch.full((7, 1), i) for i in range(len(members))]
             pairs = zip(members, ids, strict=True)
-            if all(_agrees(lambda m=m: m(x), mlp(x, one, i)) for m, i in pairs):
+            if all(_agrees(m, [x], mlp(x, one, i)) for m, i in pairs):
                 return mlp
     return None
 
@@ -215,9 +235,7 @@ def _stack(linears: list[list[nn.Linear]], places: list[int], name: str) -> Tens
     return torch.stack([torch.cat([p.detach() for p in own]) for own in parts])
 
 
-def _block_forward(
-    module: nn.Module, router: nn.Linear, mlp: _Mlp, routing: tuple[Any, ...]
-) -> Callable[..., Any]:
+def _block_forward(module: nn.Module, router: nn.Linear, mlp: _Mlp, routing: tuple[Any, ...]) -> Callable[..., Any]:
     top_k, scoring, normalize = routing
 
     def forward(hidden: Tensor) -> Tensor:
@@ -240,16 +258,14 @@ def _same_block(module: nn.Module, forward: Callable[..., Any], weight: Tensor) 
     generator = torch.Generator().manual_seed(0)
     several = torch.randn(2, 19, weight.shape[1], generator=generator).to(weight.dtype)
     equal = several[:1, :1].expand(1, EQUAL_TOKENS, -1).contiguous()
-    for x in (several, equal):
-        if not any(_agrees(lambda x=y: module(x), forward(y)) for y in (x, x[0])):
-            return False
-    return True
+    # Blocks take tokens of several sequences, or of one.
+    return all(any(_agrees(module, [x], forward(x)) for x in (each, each[0])) for each in (several, equal))
 
 
-def _agrees(call: Callable[[], Any], expected: Tensor) -> bool:
+def _agrees(module: nn.Module, given: list[Tensor], expected: Tensor) -> bool:
     """Whether a module gives a tensor; one that does not take the arguments is another kind of module."""
     try:
-        found = call()
+        found = module(*given)
     except (TypeError, ValueError, IndexError, RuntimeError):
         return False
     if not isinstance(found, Tensor) or found.shape != expected.shape:

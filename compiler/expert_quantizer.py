@@ -1,7 +1,7 @@
 """Low-bit weights for the experts of a mixture: every expert is rounded by itself, and all stand in one tensor.
 
-    before                                  after
-    y = experts(x, w, ids, up, …)           y = quantized_experts(x, w, ids, up codes, scale, zero_point, …)
+before                                  after
+y = experts(x, w, ids, up, …)           y = quantized_experts(x, w, ids, up codes, scale, zero_point, …)
 """
 
 from collections.abc import Callable

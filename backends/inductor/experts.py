@@ -5,7 +5,6 @@ the lookup and the unpacking into the sum, so that only chosen experts are read 
 the choices are sorted by expert, which is known only at run time; there the op is called as it is.
 """
 
-import torch
 from torch import Tensor
 
 from graphwright.backends.inductor.barrier import realize

@@ -58,7 +58,7 @@ class Experts(Pass):
                     continue
                 try:
                     mlp = _understood(program, layer, context.generator())
-                except _Unknown as reason:
+                except _UnknownError as reason:
                     misses.append(f"the experts at {total.name}: {reason}")
                     continue
                 if not editor.allow(total):
@@ -66,7 +66,7 @@ class Experts(Pass):
                 _install(editor, layer, mlp)
                 try:
                     routing = _routing(program, layer, context.generator())
-                except _Unknown as reason:
+                except _UnknownError as reason:
                     misses.append(f"the router of {layer.up.name}: {reason}; it stays as it is")
                     continue
                 if editor.allow(layer.indices):
@@ -74,7 +74,7 @@ class Experts(Pass):
         return PassResult(program, editor.sites, near_misses=misses)
 
 
-class _Unknown(Exception):
+class _UnknownError(Exception):
     """Why a subgraph is not understood."""
 
 
@@ -224,6 +224,8 @@ def _share(stacked: fx.Node, product: fx.Node) -> fx.Node | None:
 
 def _reach(node: fx.Node, tokens: Any, choices: Any) -> fx.Node | None:
     """The first matrix [tokens, choices] behind a chain of calls that read one tensor each."""
+    while node.target is aten.unsqueeze.default:
+        node = node.args[0]  # With one choice per token, a column of sorted rows looks like the matrix.
     while node.op == "call_function":
         value = node.meta["val"]
         if isinstance(value, Tensor) and value.dim() == 2 and str(value.shape) == str(torch.Size((tokens, choices))):
@@ -245,10 +247,10 @@ def _understood(program: Program, layer: Layer, generator: torch.Generator) -> M
     activation, gated, interleaved, alpha, limit = _activation(program, raw, layer.down.rows, generator)
     up, down = (_outputs_first(program, p) for p in (layer.up, layer.down))
     if up.shape[0] != down.shape[0]:
-        raise _Unknown(f"{up.shape[0]} weights go in and {down.shape[0]} come out")
+        raise _UnknownError(f"{up.shape[0]} weights go in and {down.shape[0]} come out")
     choices = int(layer.indices.meta["val"].shape[1])
     if choices > up.shape[0]:
-        raise _Unknown(f"each token chooses {choices} of {up.shape[0]} experts")
+        raise _UnknownError(f"each token chooses {choices} of {up.shape[0]} experts")
     mlp = Mlp(up, up_bias, down, down_bias, activation, gated, interleaved, alpha, limit)
     sizes = _Sizes(layer.x.meta["val"].shape[0])
     x = torch.randn(sizes.tokens, layer.x.meta["val"].shape[1], generator=generator).to(layer.x.meta["val"].dtype)
@@ -259,7 +261,7 @@ def _understood(program: Program, layer: Layer, generator: torch.Generator) -> M
     stored = _tensors(program, mlp)
     found = experts.reference(x, shares, indices, *stored, activation, gated, alpha, limit)
     if relative_error(found.to(expected.dtype), expected) > EXACT_TOLERANCE[x.dtype]:
-        raise _Unknown("it does something else between its products and the sum")
+        raise _UnknownError("it does something else between its products and the sum")
     return mlp
 
 
@@ -312,11 +314,11 @@ def _activation(
         if interleaved and not gated:
             continue
         ordered = torch.cat([given[:, ::2], given[:, 1::2]], 1) if interleaved else given
-        if gated and ordered.shape[1] % 2 or (given.shape[1] // 2 if gated else given.shape[1]) != result.shape[1]:
+        if (gated and ordered.shape[1] % 2) or (given.shape[1] // 2 if gated else given.shape[1]) != result.shape[1]:
             continue
         if relative_error(activate(ordered, name, gated, alpha, limit), result) <= EXACT_TOLERANCE[value.dtype]:
             return name, gated, interleaved, alpha, limit
-    raise _Unknown("the activation between its products is none of the known ones")
+    raise _UnknownError("the activation between its products is none of the known ones")
 
 
 def _between(end: fx.Node, stops: set[fx.Node]) -> Iterator[fx.Node]:
@@ -341,18 +343,18 @@ def _evaluate(program: Program, ends: list[fx.Node], bound: dict[fx.Node, Any]) 
     try:
         return run_nodes(program, ends, bound)
     except PassError as error:
-        raise _Unknown(error.problem) from error
+        raise _UnknownError(error.problem) from error
 
 
 class _Sizes:
     """Numbers for the symbols in a subgraph's sizes; `tokens` is what one given size is then."""
 
-    def __init__(self, size: Any) -> None:
+    def __init__(self, size: Any, least: int = 5) -> None:
         self.symbols: dict[Any, int] = {}
         self.tokens = size
         if isinstance(size, torch.SymInt):
             free = sorted(size.node.expr.free_symbols, key=str)
-            self.symbols = {symbol: 5 + 2 * place for place, symbol in enumerate(free)}
+            self.symbols = {symbol: least + 2 * place for place, symbol in enumerate(free)}
             self.tokens = int(size.node.expr.subs(self.symbols))
 
     def bind(self, end: fx.Node, bound: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
@@ -388,7 +390,8 @@ def _routing(program: Program, layer: Layer, generator: torch.Generator) -> Rout
     nodes = [layer.weights, layer.indices]
     logits = _logits(nodes, count)
     between = {n for end in nodes for n in _between(end, {logits})}
-    sizes = _Sizes(logits.meta["val"].shape[0])
+    # Groups that only seldom change the choice show on many tokens alone.
+    sizes = _Sizes(logits.meta["val"].shape[0], least=31)
     given = (torch.randn(sizes.tokens, count, generator=generator) * 2).to(logits.meta["val"].dtype)
     bound = sizes.bind(layer.weights, sizes.bind(layer.indices, {logits: given}))
     shares, chosen = _evaluate(program, nodes, bound)
@@ -405,7 +408,7 @@ def _routing(program: Program, layer: Layer, generator: torch.Generator) -> Rout
         made = moe_routing.reference(given, stored, top_k, scoring, normalize, scaling, *groups)
         if relative_error(_dense(*made, count), dense) <= EXACT_TOLERANCE[given.dtype]:
             return Routing(logits, bias, top_k, scoring, normalize, scaling, *groups)
-    raise _Unknown("no known scoring, grouping and normalization gives its weights")
+    raise _UnknownError("no known scoring, grouping and normalization gives its weights")
 
 
 def _logits(ends: list[fx.Node], count: int) -> fx.Node:
@@ -421,10 +424,10 @@ def _logits(ends: list[fx.Node], count: int) -> fx.Node:
         else:
             stack.extend(node.all_input_nodes)
     if len(found) != 1:
-        raise _Unknown(f"it reads {len(found)} linear layers")
+        raise _UnknownError(f"it reads {len(found)} linear layers")
     value = found[0].meta["val"]
     if value.dim() != 2 or value.shape[1] != count:
-        raise _Unknown(f"its logits are {tuple(value.shape)}, not one per expert and token")
+        raise _UnknownError(f"its logits are {tuple(value.shape)}, not one per expert and token")
     return found[0]
 
 
@@ -459,9 +462,10 @@ def _install(editor: Editor, layer: Layer, mlp: Mlp) -> None:
         name = str(node.target)
         return editor.read(name, before) if same else editor.weight(f"{name}_experts", tensor.contiguous(), before)
 
-    weights = (stored(layer.up, up), bias(mlp.up_bias, up_bias), stored(layer.down, down), bias(mlp.down_bias, down_bias))
+    first = (stored(layer.up, up), bias(mlp.up_bias, up_bias))
+    second = (stored(layer.down, down), bias(mlp.down_bias, down_bias))
     rest = (mlp.activation, mlp.gated, mlp.alpha, mlp.limit)
-    new = editor.call(experts, layer.x, layer.weights, layer.indices, *weights, *rest, before=before)
+    new = editor.call(experts, layer.x, layer.weights, layer.indices, *first, *second, *rest, before=before)
     dtype = layer.total.meta["val"].dtype
     if new.meta["val"].dtype != dtype:
         new = editor.call(aten.to.dtype, new, dtype, before=before)
