@@ -1,7 +1,8 @@
 """Low-bit weights times 8-bit activations: y = step * sum over groups of scale * (codes · weight - zero * sum(codes)).
 
-One row (`vector`): every thread streams its share of the weight tiles once, unpacking in registers. Many rows
-(`matrix`): a thread unpacks two tiles into its cache, then multiplies them with all rows, four at a time.
+One row (`vector`), or the few of a batched decode step: every thread streams its share of the weight tiles once,
+unpacking in registers. Many rows (`matrix`): a thread unpacks two tiles into its cache, then multiplies them with all
+rows, four at a time.
 """
 
 from collections.abc import Sequence
@@ -39,29 +40,50 @@ def vector(layer: Linear, isa: Isa, lead: Sequence[Index]) -> tirx.PrimFunc:
     """The kernel for one row; `lead` are the leading dimensions of the activations, all 1."""
     with kernel("quantized_linear_vector") as k:
         b = _Buffers(k, layer, lead)
-        with parallel(layer.width // ROWS if layer.activation else layer.tiles) as tile:
-            chosen = [tile, tile + layer.tiles // 2] if layer.activation else [tile]
-            totals = [_one_row(b, isa, t) for t in chosen]
-            b.epilogue.finish(0, chosen, totals, isa.lanes, let(b.codes.step(0)))
+        with parallel(b.streams) as tile:
+            _stream(b, isa, tile, [0])
     return k.function
 
 
 def matrix(layer: Linear, isa: Isa, lead: Sequence[Index]) -> tirx.PrimFunc:
     """The kernel for any number of rows."""
     rows = product(lead)
+    few = 8 if isa.lanes == ROWS else 4
     with kernel("quantized_linear_matrix") as k:
         b = _Buffers(k, layer, lead)
-        with parallel(layer.columns * let(ceil_div(rows, ROWS_PER_TASK))) as task:
-            chosen = layer.tiles_of(let(task % layer.columns))
-            unpacked = [_unpacked(b, isa, t) for t in chosen]
-            first = let(task // layer.columns * ROWS_PER_TASK)
-            with loop(ceil_div(minimum(rows - first, tirx.const(ROWS_PER_TASK, "int64")), ROW_BLOCK)) as block:
-                # Rows beyond the last are computed as the last one again, and store the same values.
-                at = [let(minimum(first + block * ROW_BLOCK + i, rows - 1)) for i in range(ROW_BLOCK)]
-                totals = _row_block(b, isa, at, chosen, unpacked)
-                for row, line in zip(at, totals, strict=True):
-                    b.epilogue.finish(row, chosen, line, isa.lanes, let(b.codes.step(row)))
+        with T.If(rows <= few):
+            with T.Then(), parallel(b.streams) as tile:
+                _stream(b, isa, tile, _clamped(0, few, rows))
+            with T.Else():
+                _multiply(b, isa, rows)
     return k.function
+
+
+def _clamped(first: Any, count: int, rows: Any) -> list[Any]:
+    """Row numbers; rows beyond the last are computed as the last one again, and store the same values."""
+    return [let(minimum(first + i, rows - 1)) for i in range(count)]
+
+
+def _stream(b: "_Buffers", isa: Isa, tile: Any, rows: list[Any]) -> None:
+    """Some rows times one tile, or a gate and its up."""
+    chosen = [tile, let(tile + b.layer.tiles // 2)] if b.layer.activation else [tile]
+    totals = [_streamed(b, isa, t, rows) for t in chosen]
+    for row, line in zip(rows, zip(*totals, strict=True), strict=True):
+        b.epilogue.finish(row, chosen, list(line), isa.lanes, let(b.codes.step(row)))
+
+
+def _multiply(b: "_Buffers", isa: Isa, rows: Any) -> None:
+    """Any number of rows times the whole weight."""
+    columns = b.layer.columns
+    with parallel(columns * let(ceil_div(rows, ROWS_PER_TASK))) as task:
+        chosen = b.layer.tiles_of(let(task % columns))
+        unpacked = [_unpacked(b, isa, t) for t in chosen]
+        first = let(task // columns * ROWS_PER_TASK)
+        with loop(ceil_div(minimum(rows - first, tirx.const(ROWS_PER_TASK, "int64")), ROW_BLOCK)) as block:
+            at = _clamped(first + block * ROW_BLOCK, ROW_BLOCK, rows)
+            totals = _row_block(b, isa, at, chosen, unpacked)
+            for row, line in zip(at, totals, strict=True):
+                b.epilogue.finish(row, chosen, line, isa.lanes, let(b.codes.step(row)))
 
 
 class _Buffers:
@@ -73,31 +95,43 @@ class _Buffers:
         self.weight = Weight(k, layer)
         self.epilogue = Epilogue(k, layer, lead)
         self.quads = layer.group_size // 4
+        self.streams = layer.width // ROWS if layer.activation else layer.tiles
         k.begin()
         self.codes.begin()
 
 
-def _one_row(b: _Buffers, isa: Isa, tile: Any) -> Flat:
-    """Sums of one tile for the only row, before the activation's scale."""
+def _streamed(b: _Buffers, isa: Isa, tile: Any, rows: list[Any]) -> list[Flat]:
+    """Sums of one tile for each of some rows, before the activations' scales."""
     layer, lanes = b.layer, isa.lanes
-    total, sums = local(ROWS, "float32"), local(2 * ROWS, "int32")
-    clear(total, ROWS, "float32", lanes)
+    # A single row has two sums, or every product would wait for the one before it.
+    chains = 2 if len(rows) == 1 else 1
+    totals = [local(ROWS, "float32") for _ in rows]
+    sums = [local(chains * ROWS, "int32") for _ in rows]
+    for total in totals:
+        clear(total, ROWS, "float32", lanes)
     with loop(layer.groups) as group:
         at = let(tile * layer.groups + group)
         for lane in range(0, ROWS, lanes):
-            sums.put(lane, _start(b, isa, at, lane, b.codes.sum(0, group)), lanes)
-            sums.put(ROWS + lane, zeros("int32", lanes), lanes)
+            for row, line in zip(rows, sums, strict=True):
+                line.put(lane, _start(b, isa, at, lane, b.codes.sum(row, group)), lanes)
+                if chains == 2:
+                    line.put(ROWS + lane, zeros("int32", lanes), lanes)
         with loop(layer.vectors) if layer.vectors > 16 else T.unroll(0, layer.vectors) as v:
             for lane in range(0, ROWS, lanes):
                 stored = let(b.weight.stored.vec((at * layer.vectors + v) * 4 * ROWS + 4 * lane, 4 * lanes))
                 for half, weights in enumerate(_nibbles(layer, isa, stored, lanes)):
-                    code = b.codes.quad(0, group * b.quads + v * (STEP[layer.format] // 4) + half)
-                    place = half * ROWS + lane
-                    sums.put(place, isa.dot(sums.vec(place, lanes), weights, code, lanes), lanes)
+                    weights = let(weights)
+                    quad = group * b.quads + v * (STEP[layer.format] // 4) + half
+                    place = half % chains * ROWS + lane
+                    for row, line in zip(rows, sums, strict=True):
+                        code = b.codes.quad(row, quad)
+                        line.put(place, isa.dot(line.vec(place, lanes), weights, code, lanes), lanes)
         for lane in range(0, ROWS, lanes):
-            both = sums.vec(lane, lanes) + sums.vec(ROWS + lane, lanes)
-            total.put(lane, total.vec(lane, lanes) + floats(both, lanes) * b.weight.scale(at, lane, lanes), lanes)
-    return total
+            scale = let(b.weight.scale(at, lane, lanes))
+            for total, line in zip(totals, sums, strict=True):
+                parts = [line.vec(chain * ROWS + lane, lanes) for chain in range(chains)]
+                total.put(lane, total.vec(lane, lanes) + floats(sum(parts[1:], parts[0]), lanes) * scale, lanes)
+    return totals
 
 
 def _unpacked(b: _Buffers, isa: Isa, tile: Any) -> Flat:
