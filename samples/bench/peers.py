@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import StaticCache
 
+from graphwright.accuracy import Logits
 from graphwright.compiled import Compiled
 from graphwright.speed import Stepper
 
@@ -56,18 +57,21 @@ class Peer:
     weight_bytes: int
     make: Callable[[int], Round]
     """From a capacity to what times one round."""
+    logits: Logits | None = None
+    """Token ids [1, S] to logits [1, S, vocabulary], where a peer gives them."""
 
     @staticmethod
-    def stepping(name: str, weight_bytes: int, make: Callable[[int], Step]) -> "Peer":
+    def stepping(name: str, weight_bytes: int, make: Callable[[int], Step], logits: Logits) -> "Peer":
         """A peer that is called step by step."""
-        return Peer(name, weight_bytes, lambda capacity: partial(_timed_steps, make(capacity)))
+        return Peer(name, weight_bytes, lambda capacity: partial(_timed_steps, make(capacity)), logits)
 
     @staticmethod
     def of_artifact(name: str, compiled: Compiled) -> "Peer":
         """An artifact of ours."""
         weights = sum(tensor.nbytes for tensor in compiled.program.weights().values())
         contract, vocabulary = compiled.program.contract, compiled.program.metadata.vocab_size
-        return Peer.stepping(name, weights, lambda size: Stepper(compiled.executable, contract, 1, size, vocabulary))
+        make = lambda size: Stepper(compiled.executable, contract, 1, size, vocabulary)  # noqa: E731
+        return Peer.stepping(name, weights, make, compiled.logits)
 
 
 def _timed_steps(step: Step, prompt_tokens: int, new_tokens: int) -> tuple[float, list[float]]:
@@ -87,13 +91,15 @@ def _bytes(model: torch.nn.Module) -> int:
 
 def HuggingFace(model: Any) -> Peer:  # noqa: N802
     """Eager, with the static cache that compiled peers use too."""
-    return Peer.stepping("transformers eager", _bytes(model), lambda capacity: _stepper(model, model, capacity))
+    make = lambda capacity: _stepper(model, model, capacity)  # noqa: E731
+    return Peer.stepping("transformers eager", _bytes(model), make, lambda ids: model(input_ids=ids).logits)
 
 
 def TorchCompile(model: Any) -> Peer:  # noqa: N802
     """torch.compile of the same model with a static cache: the step is static, the prefill dynamic."""
     step = torch.compile(model, dynamic=False, fullgraph=True)
-    return Peer.stepping("torch.compile", _bytes(model), lambda capacity: _stepper(model, step, capacity))
+    make = lambda capacity: _stepper(model, step, capacity)  # noqa: E731
+    return Peer.stepping("torch.compile", _bytes(model), make, lambda ids: model(input_ids=ids).logits)
 
 
 def _stepper(model: Any, step: Any, capacity: int) -> Step:
@@ -136,7 +142,12 @@ def LlamaCpp(file: Path) -> Peer:  # noqa: N802
 
         return run
 
-    return Peer.stepping(f"llama.cpp {file.stem}", file.stat().st_size, make)
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        model = Llama(str(file), n_ctx=ids.shape[1], logits_all=True, verbose=False)
+        model.eval(ids[0].tolist())
+        return torch.from_numpy(model.scores[: ids.shape[1]].copy())[None]
+
+    return Peer.stepping(f"llama.cpp {file.stem}", file.stat().st_size, make, logits)
 
 
 def OpenVino(file: Path) -> Peer:  # noqa: N802
