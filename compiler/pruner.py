@@ -1,0 +1,52 @@
+"""What the methods share that remove single weights: an exact zero stays where a weight was.
+
+The graph keeps its linear layers; `compress_sparse` stores the zeros away, and weight quantizers keep them zero.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from graphwright.calibration import Hessian
+from graphwright.layer_pass import Layer, LayerPass
+from graphwright.rewrite import Editor
+from graphwright.sparsity import PatternOptions
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A weight [N, K] with zeros."""
+
+    weight: Tensor
+
+    def dense(self) -> Tensor:
+        """Itself."""
+        return self.weight
+
+
+class Pruner(PatternOptions, LayerPass):
+    """Base of the methods that zero weights in a pattern."""
+
+    after = (*LayerPass.after, "low_rank")
+    provides = ("sparse",)
+    conflicts = ("sparse",)
+
+    def prune(self, weight: Tensor, statistics: Hessian | None) -> Tensor:
+        """The weight [N, K] with zeros, float32."""
+        raise NotImplementedError(f"pass {self.name} prunes nothing")
+
+    def solve(self, layer: Layer, weight: Tensor, statistics: Hessian | None) -> Pruned:
+        """Prunes one weight.
+
+        Raises:
+            PassError: the pattern does not divide the weight's shape.
+        """
+        self.shape.check(weight.shape)
+        return Pruned(self.prune(weight, statistics))
+
+    def install(self, editor: Editor, layer: Layer, solved: Pruned) -> None:
+        """Stores the pruned weight."""
+        dtype = layer.weight.meta["val"].dtype
+        editor.set_weight(layer.node, 1, solved.weight.to(dtype))
+        zeros = float((solved.weight == 0).float().mean())
+        editor.note(layer.node, f"{layer.name}: {zeros:.1%} zeros")
