@@ -92,7 +92,7 @@ class LayerPass(Pass):
             PassError: the program is quantized or the pass would undo another one, a layer cannot be solved, a weight
                 is not finite, or a pattern names no layer.
         """
-        self._refuse_undoing(program)
+        refuse_after(self, program, self.undoes)
         errors: dict[str, float] = {}
         done: dict[str, Solved | None] = {}
         with Editor(program, self.name, context.fuel) as editor:
@@ -158,14 +158,20 @@ class LayerPass(Pass):
             )
         return layers
 
-    def _refuse_undoing(self, program: Program) -> None:
-        for record in program.history:
-            lost = set(registry.pass_class(record.name).provides) & set(self.undoes)
-            if lost:
-                raise PassError(
-                    f"Pass {self.name} would undo {record.name}: the program is {', '.join(sorted(lost))} already",
-                    fix=f"Put {self.name} and {record.name} into one recipe; they are ordered as they must be",
-                )
+
+def refuse_after(one: Pass, program: Program, properties: tuple[str, ...]) -> None:
+    """Refuses a program with a property that the pass would destroy or cannot see through.
+
+    Raises:
+        PassError: with the earlier pass.
+    """
+    for record in program.history:
+        lost = sorted(set(registry.pass_class(record.name).provides) & set(properties))
+        if lost:
+            raise PassError(
+                f"Pass {one.name} would undo {record.name}: the program is {', '.join(lost)} already",
+                fix=f"Put {one.name} and {record.name} into one recipe; they are ordered as they must be",
+            )
 
 
 def _error(weight: Tensor, dense: Tensor, statistics: Hessian | None) -> float:

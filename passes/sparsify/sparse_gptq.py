@@ -28,7 +28,7 @@ class SparseGptq(PatternOptions, Gptq):
         2023,
         "2301.00774",
     )
-    after = ("merged_linear", "float_dtype", "folded", "low_rank")
+    after = ("merged_linear", "float_dtype", "folded", "pruned", "low_rank")
     provides = ("quantized", "sparse")
     conflicts = ("quantized", "sparse")
 
