@@ -69,9 +69,7 @@ def split_merged(editor: Editor) -> None:
             continue
         names = [weight, *node.args[2:]]
         for part, (start, stop) in parts.items():
-            stored = []
-            for name in names:
-                stored.append(None if name is None else _rows_of(editor, name, start, stop, before=part))
+            stored = [None if name is None else _rows_of(editor, name, start, stop, before=part) for name in names]
             own = editor.call(aten.linear.default, node.args[0], *stored, before=part)
             part.replace_all_uses_with(own)
 

@@ -4,13 +4,46 @@ The graph keeps its linear layers; `compress_sparse` stores the zeros away, and 
 """
 
 from dataclasses import dataclass
+from typing import Self
 
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from graphwright.calibration import Hessian
 from graphwright.layer_pass import Layer, LayerPass
+from graphwright.pass_ import Pass
 from graphwright.rewrite import Editor
-from graphwright.sparsity import PatternOptions
+from graphwright.sparsity import Pattern
+
+
+class PatternOptions(Pass):
+    """Options of passes that remove weights in a pattern."""
+
+    ratio: float | None = Field(None, gt=0, lt=1, description="part of the weights to remove; 0.5 unless n:m says it")
+    pattern: str = Field("unstructured", description="unstructured, n:m along the input such as 2:4, or blocks RxC")
+
+    @field_validator("pattern")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        Pattern.parse(value)
+        return value
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        fixed = self.shape.ratio
+        if fixed is not None and self.ratio is not None and abs(self.ratio - fixed) > 1e-9:
+            raise ValueError(f"the pattern {self.pattern} removes {fixed:g}; leave ratio out, or use unstructured")
+        return self
+
+    @property
+    def shape(self) -> Pattern:
+        """The pattern."""
+        return Pattern.parse(self.pattern)
+
+    @property
+    def removed(self) -> float:
+        """The part that is removed."""
+        return self.shape.ratio or self.ratio or 0.5
 
 
 @dataclass(frozen=True)

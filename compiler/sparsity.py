@@ -9,14 +9,11 @@ Patterns: `unstructured`; `n:m`, n of every m weights along the input are kept (
 
 import re
 from dataclasses import dataclass
-from typing import Self
 
 import torch
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from graphwright.errors import PassError
-from graphwright.pass_ import Pass
 
 
 @dataclass(frozen=True)
@@ -101,36 +98,6 @@ def _highest(scores: Tensor, removed: int) -> Tensor:
     return torch.ones_like(scores, dtype=torch.bool).scatter_(-1, lowest, False)
 
 
-class PatternOptions(Pass):
-    """Options of passes that remove weights in a pattern."""
-
-    ratio: float | None = Field(None, gt=0, lt=1, description="part of the weights to remove; 0.5 unless n:m says it")
-    pattern: str = Field("unstructured", description="unstructured, n:m along the input such as 2:4, or blocks RxC")
-
-    @field_validator("pattern")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        Pattern.parse(value)
-        return value
-
-    @model_validator(mode="after")
-    def _agree(self) -> Self:
-        fixed = self.shape.ratio
-        if fixed is not None and self.ratio is not None and abs(self.ratio - fixed) > 1e-9:
-            raise ValueError(f"the pattern {self.pattern} removes {fixed:g}; leave ratio out, or use unstructured")
-        return self
-
-    @property
-    def shape(self) -> Pattern:
-        """The pattern."""
-        return Pattern.parse(self.pattern)
-
-    @property
-    def removed(self) -> float:
-        """The part that is removed."""
-        return self.shape.ratio or self.ratio or 0.5
-
-
 def compress(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Values [N, 2, K / 4] and places uint8 [N, K / 4] of a weight [N, K] with at most two non-zeros in every four.
 
@@ -157,3 +124,19 @@ def expand(values: Tensor, places: Tensor) -> Tensor:
     dense.scatter_(-1, (code & 3)[..., None], values[:, 0, :, None])
     dense.scatter_add_(-1, (code >> 2)[..., None], values[:, 1, :, None])
     return dense.flatten(1)
+
+
+BITS = 2 ** torch.arange(8, dtype=torch.uint8)
+
+
+def to_bitmask(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The non-zeros [n] of a weight [N, K], row by row, and a bit per weight, uint8 [N, ceil(K / 8)], lowest first."""
+    kept = weight != 0
+    padded = torch.nn.functional.pad(kept, (0, -weight.shape[1] % 8)).unflatten(1, (-1, 8))
+    return weight[kept], (padded * BITS).sum(-1, dtype=torch.uint8)
+
+
+def from_bitmask(values: Tensor, places: Tensor, width: int) -> Tensor:
+    """The dense weight [N, `width`] of what `to_bitmask` made."""
+    kept = ((places[..., None] & BITS) != 0).flatten(1)[:, :width]
+    return values.new_zeros(kept.shape).masked_scatter_(kept, values)

@@ -28,7 +28,7 @@ class UnitPruner(Pass):
 
     kind = "approximate"
     requires = ("linear", "attention", "rope", "rms_norm", "gated_activation", "grouped_heads", "mask")
-    after = ("float_dtype",)
+    after = ("float_dtype", "fewer_layers")
     provides = ("pruned",)
     undoes: ClassVar[tuple[str, ...]] = ("merged_linear", "kv_cache", "explicit_kv_cache", "quantized", "sparse",
                                          "low_rank")  # fmt: skip
@@ -117,9 +117,7 @@ class UnitPruner(Pass):
         order = {node: place for place, node in enumerate(program.graph.nodes)}
         groups.sort(key=lambda group: order[group.source])
         stops = [Stop(group.source, f"{self.name} {group.name}") for group in groups]
-        calibration.walk(
-            program, calibration.samples(program, context), stops, Hessian, visit, context.progress
-        )
+        calibration.walk(program, calibration.samples(program, context), stops, Hessian, visit, context.progress)
         # The weights that read a unit, times the norms of what it carries.
         return [
             _summed(group, lambda member, norm=norm: _square(program, member.operand) * norm, axis=1)
@@ -127,9 +125,7 @@ class UnitPruner(Pass):
         ]
 
 
-def taylor(
-    program: Program, batches: list[dict[str, Tensor]], groups: list[Group], context: Context
-) -> list[Tensor]:
+def taylor(program: Program, batches: list[dict[str, Tensor]], groups: list[Group], context: Context) -> list[Tensor]:
     """|sum of w * dL/dw| over the weights of each unit, L the mean loss of the next token (LLM-Pruner, vector-wise).
 
     Raises:
@@ -151,7 +147,13 @@ def taylor(
     def change(member: Any) -> Tensor:
         tensor = weights[member.operand.node.args[member.operand.position]]
         grad = tensor.grad if tensor.grad is not None else torch.zeros_like(tensor)
-        return (tensor * grad).detach().movedim(member.operand.axis, 0).flatten(1).sum(1)
+        return (
+            (tensor * grad)
+            .detach()
+            .movedim(member.operand.axis, 0)
+            .reshape(tensor.shape[member.operand.axis], -1)
+            .sum(1)
+        )
 
     return [_summed(group, change).abs() for group in groups]
 
@@ -179,7 +181,8 @@ def _differentiable(program: Program, inputs: Mapping[str, Tensor], weights: Map
 
 def _square(program: Program, operand: Any) -> Tensor:
     """Squares of a constant, summed over all axes but the operand's."""
-    return value_of(program, operand).float().square().movedim(operand.axis, 0).flatten(1).sum(1)
+    squares = value_of(program, operand).float().square()
+    return squares.movedim(operand.axis, 0).reshape(squares.shape[operand.axis], -1).sum(1)
 
 
 def _summed(group: Group, score: Any, axis: int | None = None) -> Tensor:

@@ -54,7 +54,7 @@ class WeightQuantizer(Pass):
 
     kind = "approximate"
     requires = ("linear",)
-    after = ("merged_linear", "float_dtype", "folded", "pruned", "low_rank", "sparse")
+    after = ("merged_linear", "float_dtype", "folded", "pruned", "fewer_layers", "low_rank", "sparse")
     provides = ("quantized",)
     conflicts = ("quantized",)
     calibrated: ClassVar[bool] = False

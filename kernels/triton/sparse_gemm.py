@@ -1,8 +1,9 @@
 """Products with weights of which two in four are kept: half the bytes travel, and zeros are filled in on the chip.
 
 Mishra et al. 2021, arXiv:2104.08378, for the pattern; `graphwright.sparsity` for the layout. First and second values
-lie in planes of their own, and four products run over the columns of equal place, so weights load in contiguous runs. Few rows are bound by
-the bytes of the weight, which is what this saves; dense instructions multiply, so many rows gain nothing.
+lie in planes of their own, and four products run over the columns of equal place, so weights load in contiguous runs.
+Few rows are bound by the bytes of the weight, which is what this saves; dense instructions multiply, so many rows gain
+nothing.
 """
 
 from collections.abc import Callable, Mapping

@@ -30,7 +30,9 @@ class LoftQ(IntegerQuantizer):
     """Rounds weights and keeps a thin product beside each."""
 
     name = "loftq"
-    paper = Paper("LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", "Li et al.", 2023, "2310.08659")
+    paper = Paper(
+        "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", "Li et al.", 2023, "2310.08659"
+    )
     # The thin product fills in what was pruned.
     conflicts = (*IntegerQuantizer.conflicts, "sparse")
 

@@ -19,6 +19,7 @@ from graphwright.scheme import Scheme
 from graphwright.second_order import Selection, aligned, inverse_factor, sweep
 from graphwright.weight_quantizer import IntegerQuantizer
 
+
 class Gptq(IntegerQuantizer):
     """Second-order weight rounding."""
 

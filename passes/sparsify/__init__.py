@@ -1,1 +1,1 @@
-"""Passes that remove single weights, patterns of weights, and whole channels, heads and layers. One technique a file."""
+"""Passes that remove weights: single ones, in patterns, and whole channels, heads and layers."""

@@ -1,4 +1,4 @@
-"""SparseGPT and GPTQ in one sweep: a column is pruned, what stays of it is rounded, and the later columns take over both.
+"""SparseGPT and GPTQ in one sweep: a column is pruned and what stays is rounded; the later columns take over both.
 
 Columns keep their order, or groups of an n:m pattern would be torn apart. The scale of each group is that of its
 weights when the sweep reaches it. Zeros are exact: the range of every group contains zero.
@@ -12,10 +12,10 @@ from torch import Tensor
 from graphwright.calibration import Hessian
 from graphwright.pass_ import Paper
 from graphwright.passes.quantize.gptq import Gptq
+from graphwright.pruner import PatternOptions
 from graphwright.rounding import Quantized
 from graphwright.scheme import Scheme
 from graphwright.second_order import Selection
-from graphwright.sparsity import PatternOptions
 
 
 class SparseGptq(PatternOptions, Gptq):
@@ -28,7 +28,7 @@ class SparseGptq(PatternOptions, Gptq):
         2023,
         "2301.00774",
     )
-    after = ("merged_linear", "float_dtype", "folded", "pruned", "low_rank")
+    after = ("merged_linear", "float_dtype", "folded", "pruned", "fewer_layers", "low_rank")
     provides = ("quantized", "sparse")
     conflicts = ("quantized", "sparse")
 

@@ -1,7 +1,7 @@
 """SparseGPT: columns are pruned one after another, and the columns that follow take over what each removal costs.
 
-A weight's score is w_j^2 / U_jj^2, the least increase of ||(W - Q) X||^2 that its removal causes; n:m groups are decided
-when the sweep reaches them, other patterns once per block of columns. The order of work is in
+A weight's score is w_j^2 / U_jj^2, the least increase of ||(W - Q) X||^2 that its removal causes; n:m groups are
+decided when the sweep reaches them, other patterns once per block of columns. The order of work is in
 `graphwright.second_order`.
 """
 

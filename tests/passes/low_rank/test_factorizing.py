@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from passes.quantize.quantizing import correlated, run
 
-from graphwright.calibration import Hessian
 from graphwright import rounding
+from graphwright.calibration import Hessian
 from graphwright.errors import PassError, RecipeError
 from graphwright.factorizer import allocate, factors
 from graphwright.ops import quantized_linear

@@ -191,7 +191,9 @@ def test_bad_options_are_refused_when_the_recipe_is_read(name, options, message)
 
 
 def test_layers_that_cannot_be_pruned_are_named():
-    with pytest.raises(PassError, match="2:5 does not divide .* 64 is no multiple of 5.*nearest size that divides is 4") as e:
+    with pytest.raises(
+        PassError, match="2:5 does not divide .* 64 is no multiple of 5.*nearest size that divides is 4"
+    ) as e:
         run([{"magnitude": {"pattern": "2:5"}}])
     assert "q_proj" in str(e.value)
     with pytest.raises(PassError, match="No layer's weight matches nothing"):

@@ -15,8 +15,8 @@ from graphwright.rewrite import Editor
 
 CAUSAL = [name for name in FAMILIES if captured(name)[1].metadata.causal]
 
-NO_CHANNELS = {"mixtral", "qwen3_moe", "gpt_oss"}
-NO_HEADS = {"deepseek_v2", "deepseek_v3", "falcon", "bloom", "gpt_neox"}
+NO_CHANNELS = {"mixtral", "gpt_oss", "falcon_alibi"}
+NO_HEADS = {"deepseek_v2", "deepseek_v3", "falcon", "falcon_alibi", "falcon_grouped", "bloom", "gpt_neox"}
 
 
 def zeroed(program: Program, kind: str) -> tuple[Program, Program, int]:
@@ -65,7 +65,7 @@ def test_cutting_units_that_are_zero_changes_nothing(name, kind, tmp_path):
     if name in (NO_CHANNELS if kind == "channels" else NO_HEADS):
         assert count == 0
         return
-    assert count >= 2 or name.startswith(("qwen2_moe", "deepseek"))
+    assert count >= 2 or name in {"qwen3_moe", "deepseek_v2", "deepseek_v3"}
     inputs = before.contract.draw({"batch": 2, "sequence": 7}, seed=1)
     assert outputs_error(after(**inputs), before(**inputs), inputs) < 1e-5
     one = before.contract.draw({"batch": 1, "sequence": 1}, seed=1)
