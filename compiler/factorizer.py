@@ -78,7 +78,7 @@ class Factorizer(LayerPass):
 
     _ranks: dict[str, int] = PrivateAttr(default_factory=dict)
 
-    def scaling(self, statistics: Hessian | None, width: int) -> Scaling:
+    def scaling(self, statistics: Any, width: int) -> Scaling:
         """S for a layer of K = `width`, float64.
 
         Raises:
@@ -88,7 +88,7 @@ class Factorizer(LayerPass):
 
     def prepare(self, program: Program, context: Context, layers: Sequence[Layer]) -> dict[str, Any]:
         """Chooses the ranks."""
-        shapes = {layer.name: tuple(layer.weight.meta["val"].shape) for layer in layers}
+        shapes: dict[str, tuple[int, ...]] = {layer.name: tuple(layer.weight.meta["val"].shape) for layer in layers}
         if self.allocation == "uniform":
             ranks = {name: self._rank(rows, width) for name, (rows, width) in shapes.items()}
         else:
@@ -96,7 +96,7 @@ class Factorizer(LayerPass):
             ranks = allocate(shapes, spectra, self.ratio, self.multiple)
         self._ranks.clear()
         self._ranks.update(ranks)
-        kept = sum(_size(*shapes[name], rank) for name, rank in ranks.items())
+        kept = sum(_size(shapes[name], rank) for name, rank in ranks.items())
         whole = sum(rows * width for rows, width in shapes.values())
         return {"ranks": ranks, "removed": 1 - kept / whole if whole else 0.0}
 
@@ -169,7 +169,7 @@ def allocate(
     """
     budget = (1 - ratio) * sum(rows * width for rows, width in shapes.values())
     ranks = dict.fromkeys(shapes, multiple)
-    used = sum(_size(*shapes[name], rank) for name, rank in ranks.items())
+    used = sum(_size(shapes[name], rank) for name, rank in ranks.items())
     if used > budget:
         raise PassError(
             f"Rank {multiple} in every layer takes {used} parameters; removing {ratio:g} leaves {int(budget)}",
@@ -186,12 +186,12 @@ def allocate(
             continue
         rank = min(start + multiple, rows, width)
         rank = min(rows, width) if rank * (rows + width) >= rows * width else rank
-        more = _size(rows, width, rank) - _size(rows, width, ranks[name])
+        more = _size(shapes[name], rank) - _size(shapes[name], ranks[name])
         if used + more <= budget:
             ranks[name], used = rank, used + more
     return ranks
 
 
-def _size(rows: int, width: int, rank: int) -> int:
+def _size(shape: tuple[int, ...], rank: int) -> int:
     """Parameters of a layer at a rank: two factors, or the weight itself where they would be no smaller."""
-    return min(rank * (rows + width), rows * width)
+    return min(rank * sum(shape), shape[0] * shape[1])

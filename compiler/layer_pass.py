@@ -47,7 +47,7 @@ class LayerPass(Pass):
 
     kind = "approximate"
     requires = ("linear",)
-    after = ("merged_linear", "float_dtype", "folded", "pruned", "fewer_layers")
+    after: ClassVar[tuple[str, ...]] = ("merged_linear", "float_dtype", "folded", "pruned", "fewer_layers")
     undoes: ClassVar[tuple[str, ...]] = ("quantized",)
     """Properties of a program that the pass would destroy, so that it must come before what provides them."""
     calibrated: ClassVar[bool] = False

@@ -158,7 +158,7 @@ def taylor(program: Program, batches: list[dict[str, Tensor]], groups: list[Grou
     return [_summed(group, change).abs() for group in groups]
 
 
-def _reads(groups: list[Group]) -> list[fx.Node]:
+def _reads(groups: list[Group]) -> list[Any]:
     return [member.operand.node.args[member.operand.position] for group in groups for member in group.members]
 
 

@@ -54,9 +54,17 @@ class WeightQuantizer(Pass):
 
     kind = "approximate"
     requires = ("linear",)
-    after = ("merged_linear", "float_dtype", "folded", "pruned", "fewer_layers", "low_rank", "sparse")
-    provides = ("quantized",)
-    conflicts = ("quantized",)
+    after: ClassVar[tuple[str, ...]] = (
+        "merged_linear",
+        "float_dtype",
+        "folded",
+        "pruned",
+        "fewer_layers",
+        "low_rank",
+        "sparse",
+    )
+    provides: ClassVar[tuple[str, ...]] = ("quantized",)
+    conflicts: ClassVar[tuple[str, ...]] = ("quantized",)
     calibrated: ClassVar[bool] = False
     """Whether `solve` wants statistics of a layer's inputs."""
 

@@ -43,8 +43,8 @@ def sparse_linear(
     if layout == "bitmask":
         return functional.linear(x, sparsity.from_bitmask(values, places, x.shape[-1]).to(x.dtype), bias)
     if format:
-        twice = [None if t is None else t.repeat_interleave(2, 0) for t in (scale, zero_point)]
-        plain = packing.dequantize(values, *twice, format, group_size // 4)[:, : places.shape[1]]
+        zeros = None if zero_point is None else zero_point.repeat_interleave(2, 0)
+        plain = packing.dequantize(values, scale.repeat_interleave(2, 0), zeros, format, group_size // 4)
         values = plain.unflatten(0, (-1, 2))
     return functional.linear(x, sparsity.expand(values, places).to(x.dtype), bias)
 

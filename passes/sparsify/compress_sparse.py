@@ -46,7 +46,7 @@ class CompressSparse(Pass):
                 new = editor.call(sparse_linear, node.args[0], *stored, *rest, before=node)
                 editor.replace(node, new, name)
                 saved += fewer
-        notes = {"bytes_saved": saved}
+        notes: dict[str, object] = {"bytes_saved": saved}
         if context.target.kind == "cpu" and editor.sites:
             notes["kernel"] = "none on this target: weights are filled up with zeros before each product"
         return PassResult(program, editor.sites, notes=notes)
@@ -70,7 +70,7 @@ def _float_parts(program: Program, node: fx.Node, weight: fx.Node) -> Parts | No
 
 def _quantized_parts(program: Program, node: fx.Node) -> Parts | None:
     packed, scale, zero = (program.weight(a) if isinstance(a, fx.Node) else None for a in node.args[1:4])
-    bias, format, group_size = node.args[4:7]
+    bias, format, group_size = node.args[4], str(node.args[5]), int(node.args[6])
     width = int(node.args[0].meta["val"].shape[-1])
     unit = packing.FORMATS[format].unit
     if group_size % (4 * unit) or width % group_size or (zero is not None and zero.is_floating_point()):

@@ -28,8 +28,9 @@ def test_layers_are_found_and_one_that_changes_nothing_goes_first(name):
     # What the second layer adds to the stream is multiplied by zero: then it changes nothing.
     start, end = found[1]
     with Editor(raised, "silence") as editor:
-        zero = editor.call(aten.mul.Tensor, end, 0.0, before=end.next)
-        plain = editor.call(aten.add.Tensor, start, zero, before=end.next)
+        following = end.next
+        zero = editor.call(aten.mul.Tensor, end, 0.0, before=following)
+        plain = editor.call(aten.add.Tensor, start, zero, before=following)
         end.replace_all_uses_with(plain, delete_user_cb=lambda user: user not in (zero, plain))
     _, after = run(["drop_layers"], program=raised, calibration=batches(2))
     record = after.history[-1]
