@@ -36,7 +36,7 @@ def test_pruned_layers_get_smaller_and_stay_what_they_were(name, pattern, tmp_pa
     (layout,) = {node.args[6] for node in after.calls(sparse_linear.target)}
     assert layout == ("2:4" if pattern == "2:4" else "bitmask")
     after.save(tmp_path)
-    assert Program.load(tmp_path).text() == after.text()
+    assert Program.load(tmp_path).text(shapes=False) == after.text(shapes=False)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -70,7 +70,7 @@ def test_a_program_with_fewer_layers_is_saved_and_loaded(tmp_path):
     _, after = run([{"drop_layers": {"count": 1}}, "static_cache"])
     assert 0 < len(after.contract.state) < len(run(["static_cache"])[1].contract.state)
     after.save(tmp_path)
-    assert Program.load(tmp_path).text() == after.text()
+    assert Program.load(tmp_path).text(shapes=False) == after.text(shapes=False)
 
 
 def test_bad_counts_and_orders_are_refused():
