@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from families.cache import captured
 from families.configs import FAMILIES
 from passes.quantize.quantizing import batches, run
 
@@ -13,7 +12,7 @@ from graphwright.ops import attention
 from graphwright.program import Program
 from graphwright.rewrite import Editor
 
-CAUSAL = [name for name in FAMILIES if captured(name)[1].metadata.causal]
+CAUSAL = [name for name in FAMILIES if name not in {"bert", "t5"}]
 
 NO_CHANNELS = {"mixtral", "gpt_oss", "falcon_alibi"}
 NO_HEADS = {"deepseek_v2", "deepseek_v3", "falcon", "falcon_alibi", "falcon_grouped", "bloom", "gpt_neox"}
