@@ -13,7 +13,7 @@ from graphwright.passes.sparsify.drop_layers import layers
 from graphwright.program import Program
 from graphwright.rewrite import Editor
 
-CAUSAL = [name for name in FAMILIES if name not in {"bert", "t5"}]
+CAUSAL = [name for name, family in FAMILIES.items() if family.causal]
 
 aten = torch.ops.aten
 

@@ -12,7 +12,7 @@ from graphwright.ops import attention
 from graphwright.program import Program
 from graphwright.rewrite import Editor
 
-CAUSAL = [name for name in FAMILIES if name not in {"bert", "t5"}]
+CAUSAL = [name for name, family in FAMILIES.items() if family.causal]
 
 NO_CHANNELS = {"mixtral", "gpt_oss", "falcon_alibi"}
 NO_HEADS = {"deepseek_v2", "deepseek_v3", "falcon", "falcon_alibi", "falcon_grouped", "bloom", "gpt_neox"}
