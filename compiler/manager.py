@@ -13,6 +13,7 @@ A failure names the pass, the first node whose value differs, and how to reprodu
 """
 
 import difflib
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -148,7 +149,11 @@ class PassManager:
             if self.stop_when_empty and self.context.fuel.empty:
                 break
             self.context.progress(one.name, (number - 1) / len(passes))
+            stored = current.weights().keys()
             current = self._run_one(one, current, outputs)
+            if current.weights().keys() != stored:
+                # The nodes of replaced graphs refer to each other, and would keep replaced weights for a while.
+                gc.collect()
             self._dump(current, number, one.name)
         self.context.progress("", 1.0)
         return current

@@ -9,6 +9,7 @@ driver offers for local rules: it tries a rule at each node, checks each replace
 on random numbers, and reports sites and near misses.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -26,6 +27,9 @@ from graphwright.program import Program, attribute
 from graphwright.serialize import set_attribute
 from graphwright.shapes import compute, mode_of
 from graphwright.text import op_name
+
+COLLECT_BYTES = 1 << 26
+"""Weights that are replaced before Python is asked to look for what holds them in cycles."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Editor:
         self.fuel = fuel or Fuel()
         self.sites: list[Site] = []
         self._mode = mode_of(program.graph)
-        self._replaced: set[fx.Node] = set()
+        self._retired_bytes = 0
 
     def __enter__(self) -> "Editor":
         return self
@@ -136,8 +140,21 @@ class Editor:
     def replace(self, node: fx.Node, new: fx.Node, note: str = "") -> None:
         """Lets every user of `node` read `new` instead, and counts a site."""
         node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
-        self._replaced.add(node)
         self.sites.append(Site(node.name, note))
+
+    def retire(self, node: fx.Node) -> None:
+        """Erases a replaced call at once, with the weights that only it read, so that their memory is free again."""
+        sources = node.all_input_nodes
+        self.program.graph.erase_node(node)
+        for source in sources:
+            if source.op == "get_attr" and not source.users:
+                self._retired_bytes += self.program.weight(source).nbytes
+                self.program.graph.erase_node(source)
+        drop_unused_weights(self.program)
+        if self._retired_bytes > COLLECT_BYTES:
+            # Fake tensors and the closures that made them hold each other, and the weights they stand for.
+            gc.collect()
+            self._retired_bytes = 0
 
     def note(self, node: fx.Node, note: str) -> None:
         """Counts a site whose node stays, such as a weight with new values."""

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from graphwright import ops
-from graphwright.backends.tvm.layout import tiled_linear
+from graphwright.backends.tvm.layout import tiled_float_linear, tiled_linear
 from graphwright.kernels.tir.functions import ACTIVATIONS
 from graphwright.kernels.tir.tiles import ROWS
 from graphwright.program import Program
@@ -66,9 +66,8 @@ def plan_fusion(program: Program) -> Fusion:
         if isinstance(new, fx.Node) and new.target is ops.rope.target and len(new.users) == 1:
             found.rope[node] = new
             found.inside.add(new)
-    for node in program.calls(tiled_linear.target):
-        if integer_product(node):
-            _fuse_epilogue(node, found)
+    for node in program.calls(tiled_linear.target, tiled_float_linear.target):
+        _fuse_epilogue(node, found)
     return found
 
 

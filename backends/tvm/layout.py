@@ -1,6 +1,7 @@
 """Weights in the layout of the CPU kernels, as a rewrite of the graph: what is saved is what kernels read.
 
     quantized_linear(x, weight, …)  →  tiled_linear(x, tiles of weight, …)
+    linear(x, weight, bias)         →  tiled_float_linear(x, tiles of weight, bias, …)
 
 The tiled ops have eager references like every op, so a program in this layout still runs anywhere.
 """
@@ -9,12 +10,15 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional
 
 from graphwright import ops
 from graphwright.kernels.tir import tiles
 from graphwright.op import Cost, Sample, TensorInfo, op
 from graphwright.program import Program
 from graphwright.rewrite import Editor
+
+aten = torch.ops.aten
 
 
 @op
@@ -128,6 +132,62 @@ def _embedding_samples(dtype: torch.dtype) -> Iterator[Sample]:
             yield Sample((indices, *tiled, format, group_size, *rest), note=sample.note)
 
 
+@op
+def tiled_float_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """`aten.linear` with a floating-point weight in tiles.
+
+    Args:
+        x: [..., K], float32.
+        weight: float32 [N/16, K * 16], see `graphwright.kernels.tir.tiles`.
+        bias: [N] or None.
+        out_features: N.
+
+    Returns:
+        [..., N].
+    """
+    return functional.linear(x, tiles.untile_floats(weight, out_features), bias)
+
+
+@tiled_float_linear.fake
+def _float_linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@tiled_float_linear.cost
+def _float_linear_cost(x: TensorInfo, weight: TensorInfo, *_rest: object, **_more: object) -> Cost:
+    return Cost(flops=2 * x.numel * weight.shape[0] * tiles.ROWS)
+
+
+@tiled_float_linear.samples
+def _float_linear_samples(dtype: torch.dtype) -> Iterator[Sample]:
+    for outputs, width, with_bias in ((40, 96, True), (16, 7, False), (33, 64, False)):
+        weight = tiles.tile_floats(torch.randn(outputs, width, dtype=dtype)).contiguous()
+        bias = torch.randn(outputs, dtype=dtype) if with_bias else None
+        yield Sample((torch.randn(2, 3, width, dtype=dtype), weight, bias, outputs), note=f"{outputs} by {width}")
+
+
+@op
+def tiled_float_embedding(indices: Tensor, weight: Tensor, num_embeddings: int) -> Tensor:
+    """`aten.embedding` of a table [num_embeddings, K] in tiles, which it shares with `tiled_float_linear`."""
+    return functional.embedding(indices, tiles.untile_floats(weight, num_embeddings))
+
+
+@tiled_float_embedding.fake
+def _float_embedding_fake(indices: Tensor, weight: Tensor, num_embeddings: int) -> Tensor:
+    return weight.new_empty((*indices.shape, weight.shape[1] // tiles.ROWS))
+
+
+@tiled_float_embedding.cost
+def _float_embedding_cost(indices: TensorInfo, weight: TensorInfo, *_rest: object, **_more: object) -> Cost:
+    return Cost(bytes=indices.bytes + 2 * indices.numel * weight.shape[1] // tiles.ROWS * weight.dtype.itemsize)
+
+
+@tiled_float_embedding.samples
+def _float_embedding_samples(dtype: torch.dtype) -> Iterator[Sample]:
+    weight = tiles.tile_floats(torch.randn(37, 12, dtype=dtype)).contiguous()
+    yield Sample((torch.randint(0, 37, (2, 3)), weight, 37), note="37 by 12")
+
+
 def _tiled(
     weight: Tensor, scale: Tensor, zero: Tensor | None, format: str, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -146,8 +206,15 @@ def fractional(node: fx.Node) -> bool:
     return isinstance(zero, fx.Node) and zero.meta["val"].dtype == torch.float16
 
 
+def stored_float(node: fx.Node, argument: int) -> bool:
+    """Whether an argument of a call is a float32 matrix among the program's weights."""
+    weight = node.args[argument]
+    value = weight.meta.get("val") if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+    return isinstance(value, Tensor) and value.dtype == torch.float32 and value.dim() == 2
+
+
 def tile_weights(program: Program) -> Program:
-    """The program with every quantized weight that fits in tiles; a weight that two nodes read stays one."""
+    """The program with every weight that fits in tiles; a weight that two nodes read stays one."""
     made: dict[str, str] = {}
     with Editor(program, "tile_weights") as editor:
         for node in list(program.calls(ops.quantized_linear.target, ops.quantized_embedding.target)):
@@ -162,7 +229,32 @@ def tile_weights(program: Program) -> Program:
             else:
                 new = editor.call(tiled_embedding, node.args[0], *parts, *node.args[4:], before=node)
             editor.replace(node, new)
+            editor.retire(node)
+        _tile_floats(editor, made)
     return program
+
+
+def _tile_floats(editor: Editor, made: dict[str, str]) -> None:
+    """Cuts the weights of floating-point linear layers, and tables that are tied to one of them."""
+    program = editor.program
+    layers = [node for node in program.calls(aten.linear.default) if stored_float(node, 1)]
+    matrices = {str(node.args[1].target) for node in layers}
+    tables = [n for n in program.calls(aten.embedding.default) if str(n.args[0].target) in matrices]
+    for node in [*layers, *tables]:
+        source = node.args[0 if node in tables else 1]
+        name = str(source.target)
+        rows = int(source.meta["val"].shape[0])
+        if name not in made:
+            tiled = tiles.tile_floats(program.weight(name)).contiguous()
+            made[name] = str(editor.weight(f"{name}_tiles", tiled, before=node).target)
+        weight = editor.read(made[name], before=node)
+        if node in tables:
+            new = editor.call(tiled_float_embedding, node.args[1], weight, rows, before=node)
+        else:
+            bias = node.args[2] if len(node.args) > 2 else None
+            new = editor.call(tiled_float_linear, node.args[0], weight, bias, rows, before=node)
+        editor.replace(node, new)
+        editor.retire(node)
 
 
 def _tiled_nodes(

@@ -1,6 +1,7 @@
 """ATen operators without a kernel of their own, by TVM's converters for single operators."""
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import fx
 from tvm import relax, tirx
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
-from graphwright.backends.tvm.values import arguments
+from graphwright.backends.tvm.values import Sizes, arguments, size_of
 from graphwright.errors import BackendError
 from graphwright.rewrite import describe
 
@@ -98,6 +99,50 @@ OWN = {
 
 def _dtype(node: fx.Node) -> str:
     return str(node.meta["val"].dtype).removeprefix("torch.")
+
+
+UNSCHEDULED = frozenset(
+    f"{name}.default"
+    for name in (
+        *("addmm", "baddbmm", "bmm", "einsum", "linear", "matmul", "mm", "scaled_dot_product_attention"),
+        *("conv1d", "conv2d", "conv3d", "convolution"),
+    )
+)
+"""Products that TVM converts to loops nobody has tiled, many times slower than a library's."""
+
+
+def refusal(node: fx.Node) -> str:
+    """Why TVM's converters cannot take a node, found by letting them try; empty where they can."""
+    name = converter_name(node)
+    if name not in known():
+        return f"TVM has no converter for {name}"
+    if name in UNSCHEDULED:
+        return f"TVM has no fast kernel for {name}"
+    if not isinstance(node.meta.get("val"), torch.Tensor) or node.target is operator.getitem:
+        return ""
+    sizes, builder = Sizes(), relax.BlockBuilder()
+    try:
+        values = {source: _stand_in(source, sizes) for source in node.all_input_nodes}
+        variables = [value for value in values.values() if isinstance(value, relax.Var)]
+    except BackendError as error:
+        return error.problem
+    with builder.function("attempt", variables):
+        reason, made = "", relax.Tuple([])
+        try:
+            made = Leftovers(builder, values.__getitem__).convert(node)
+        except BackendError as error:
+            reason = error.problem
+        # A builder that is left in the middle of a function complains on the terminal.
+        builder.emit_func_output(made)
+    return reason
+
+
+def _stand_in(node: fx.Node, sizes: Sizes) -> Any:
+    """A variable of the type of a node's value, or its symbolic size."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return relax.Var(node.name, relax.TensorType([sizes(size_of(s, {})) for s in value.shape], _dtype(node)))
+    return sizes(size_of(value, {}))
 
 
 class _Values(dict[fx.Node, Any]):

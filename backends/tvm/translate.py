@@ -5,6 +5,8 @@ by the kernels that write it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +14,13 @@ from torch import fx
 from tvm import relax, tirx
 
 from graphwright import ops
-from graphwright.backends.tvm.fusion import NORMS, Fusion
-from graphwright.backends.tvm.layout import tiled_embedding, tiled_linear
+from graphwright.backends.tvm.fusion import NORMS, Fusion, integer_product
+from graphwright.backends.tvm.layout import (
+    tiled_embedding,
+    tiled_float_embedding,
+    tiled_float_linear,
+    tiled_linear,
+)
 from graphwright.backends.tvm.leftovers import Leftovers
 from graphwright.backends.tvm.values import (
     Sizes,
@@ -26,19 +33,23 @@ from graphwright.backends.tvm.values import (
     shape_of,
     size_of,
     transpose,
-)  # fmt: skip
+)
 from graphwright.errors import BackendError
 from graphwright.kernels.tir import attention as attention_kernels
-from graphwright.kernels.tir import quantized_linear as linear_kernels
 from graphwright.kernels.tir import rope as rope_kernels
 from graphwright.kernels.tir.copy import copy
+from graphwright.kernels.tir.embedding import embedding
 from graphwright.kernels.tir.emit import Layout
+from graphwright.kernels.tir.float_linear import matrix as float_matrix
+from graphwright.kernels.tir.float_linear import vector as float_vector
 from graphwright.kernels.tir.gated_activation import gated_activation
 from graphwright.kernels.tir.isa import Isa
+from graphwright.kernels.tir.linear import Linear
 from graphwright.kernels.tir.normalize import Norm, normalize
 from graphwright.kernels.tir.quantize import CodeRow, quantize
-from graphwright.kernels.tir.quantized_embedding import quantized_embedding
-from graphwright.kernels.tir.quantized_linear import QuantizedLinear
+from graphwright.kernels.tir.quantized_linear import matrix as integer_matrix
+from graphwright.kernels.tir.quantized_linear import vector as integer_vector
+from graphwright.kernels.tir.tiles import ROWS
 from graphwright.program import Program
 from graphwright.rewrite import describe
 
@@ -247,34 +258,43 @@ class Translator:
         return norm, [self.view(gain, "float32").variable for gain in gains]
 
     def _linear(self, node: fx.Node, finish: fx.Node | None = None) -> View:
-        """A linear layer over codes, up to the node that its epilogue computes."""
-        source, weight, scale, zero, bias, format, group_size, outputs = node.args
-        codes = self._codes(source, int(group_size))
-        gated = finish is not None and finish.target is ops.gated_activation.target
-        residual = None
-        if finish is not None and not gated:
-            residual = next(a for a in finish.args if a is not node)
-        layer = QuantizedLinear(
-            outputs=int(outputs),
-            inputs=source.meta["val"].shape[-1],
-            group_size=int(group_size),
-            format=str(format),
-            asymmetric=zero is not None,
-            scale_dtype=dtype_of(scale.meta["val"]),
-            bias=bias is not None,
-            residual=residual is not None,
-            activation=str(finish.args[2]) if gated and finish is not None else "",
-        )
+        """A linear layer, up to the node that its epilogue computes."""
+        layer, stored, bias = self._described(node, finish)
         shape = (*shape_of(node.meta["val"], self.fixed)[:-1], layer.width)
-        inputs = [codes, self.weight(weight), self.weight(scale)]
-        inputs += [self.view(part).variable for part in (zero, bias) if part is not None]
-        if residual is not None:
-            inputs.append(self.dense(residual))
-        build = linear_kernels.vector if all(size == 1 for size in shape[:-1]) else linear_kernels.matrix
-        made = self.kernel(
-            lambda s: build(layer, self.isa, [s.dim(size) for size in shape[:-1]]), inputs, [(shape, "float32")]
-        )
+        one = all(size == 1 for size in shape[:-1])
+        if integer_product(node):
+            first = self._codes(node.args[0], layer.group_size)
+            build = partial(integer_vector if one else integer_matrix, layer, self.isa)
+        else:
+            first = self.dense(node.args[0])
+            build = partial(float_vector if one else float_matrix, layer, self.isa.lanes)
+        inputs = [first, *stored]
+        if bias is not None:
+            inputs.append(self.view(bias, "float32").variable)
+        if layer.residual:
+            inputs.append(self.dense(next(a for a in finish.args if a is not node)))
+        made = self.kernel(lambda s: build([s.dim(size) for size in shape[:-1]]), inputs, [(shape, "float32")])
         return self.view_of(made[0], shape)
+
+    def _described(self, node: fx.Node, finish: fx.Node | None) -> tuple[Linear, list[relax.Expr], Any]:
+        """A linear layer for its kernel, the variables that hold its weight, and its bias."""
+        width = int(node.args[0].meta["val"].shape[-1])
+        if node.target is tiled_float_linear.target:
+            _, weight, bias, outputs = node.args
+            layer, stored = Linear(int(outputs), width, "float32", width), [weight]
+        else:
+            _, weight, scale, zero, bias, format, group_size, outputs = node.args
+            scale_dtype = dtype_of(scale.meta["val"])
+            layer = Linear(int(outputs), width, str(format), int(group_size), zero is not None, scale_dtype)
+            stored = [part for part in (weight, scale, zero) if part is not None]
+        gated = finish is not None and finish.target is ops.gated_activation.target
+        layer = replace(
+            layer,
+            bias=bias is not None,
+            residual=finish is not None and not gated,
+            activation=str(finish.args[2]) if gated else "",
+        )
+        return layer, [self.weight(part) for part in stored], bias
 
 
 def dtype_of(tensor: torch.Tensor) -> str:
@@ -327,14 +347,20 @@ def _expand(t: Translator, node: fx.Node) -> View | None:
     return None if layout is None else View(source.variable, layout, source.dtype)
 
 
-def _index(t: Translator, node: fx.Node) -> View | None:
-    """Indexing by one constant of one element, as in x[:, [-1]]."""
-    source, indices = node.args
-    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+def constant_place(node: fx.Node) -> tuple[int, fx.Node] | None:
+    """Dimension and index of an indexing by one stored number, as in x[:, [-1]]; None for any other."""
+    given = [(dim, index) for dim, index in enumerate(node.args[1]) if index is not None]
     if len(given) != 1 or given[0][1].op != "get_attr" or given[0][1].meta["val"].shape != (1,):
         return None
-    dim, view = given[0][0], t.view(source)
-    place = int(t.program.weight(given[0][1]))
+    return given[0]
+
+
+def _index(t: Translator, node: fx.Node) -> View | None:
+    found = constant_place(node)
+    if found is None:
+        return None
+    (dim, index), view = found, t.view(node.args[0])
+    place = int(t.program.weight(index))
     start = place if place >= 0 else view.layout.shape[dim] + place
     return View(view.variable, narrow(view.layout, dim, start, 1), view.dtype)
 
@@ -388,23 +414,21 @@ def _gated(t: Translator, node: fx.Node) -> View:
 
 def _embedding(t: Translator, node: fx.Node) -> View:
     indices, weight, scale, zero, format, group_size, width, _ = node.args
-    index = t.view(indices, "int64")
-    rows = scale.meta["val"].shape[0] * 16
-    table = QuantizedLinear(
-        rows,
-        int(width),
-        int(group_size),
-        str(format),
-        zero is not None,
-        dtype_of(scale.meta["val"]),
-    )
-    inputs = [index.variable, *(t.weight(part) for part in (weight, scale, zero) if isinstance(part, fx.Node))]
+    rows = int(scale.meta["val"].shape[0]) * ROWS
+    table = Linear(rows, int(width), str(format), int(group_size), zero is not None, dtype_of(scale.meta["val"]))
+    return _looked_up(t, node, indices, table, [part for part in (weight, scale, zero) if part is not None])
+
+
+def _float_embedding(t: Translator, node: fx.Node) -> View:
+    indices, weight, rows = node.args
+    width = int(node.meta["val"].shape[-1])
+    return _looked_up(t, node, indices, Linear(int(rows), width, "float32", width), [weight])
+
+
+def _looked_up(t: Translator, node: fx.Node, indices: Any, table: Linear, stored: list[Any]) -> View:
     shape = shape_of(node.meta["val"], t.fixed)
-    made = t.kernel(
-        lambda s: quantized_embedding(table, s.layout(index.layout), int(width)),
-        inputs,
-        [(shape, "float32")],
-    )
+    inputs = [t.dense(indices), *map(t.weight, stored)]
+    made = t.kernel(lambda s: embedding(table, [s.dim(size) for size in shape[:-1]]), inputs, [(shape, "float32")])
     return t.view_of(made[0], shape)
 
 
@@ -500,7 +524,9 @@ def _attention(t: Translator, node: fx.Node) -> View:
 
 KERNELS: Mapping[Any, Callable[[Translator, fx.Node], Any]] = {
     tiled_linear.target: _linear,
+    tiled_float_linear.target: _linear,
     tiled_embedding.target: _embedding,
+    tiled_float_embedding.target: _float_embedding,
     ops.attention.target: _attention,
     ops.gated_activation.target: _gated,
     ops.kv_cache_update.target: _update,

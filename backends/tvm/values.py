@@ -14,6 +14,7 @@ from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Mod
 from tvm import relax, tirx
 
+from graphwright.errors import BackendError
 from graphwright.kernels.tir.emit import Layout
 
 Size = Any
@@ -64,7 +65,7 @@ class Sizes:
             return tirx.floordiv(parts[0], parts[1])
         if isinstance(size, Mod):
             return tirx.floormod(parts[0], parts[1])
-        raise NotImplementedError(str(size))
+        raise BackendError(f"The TVM backend cannot compute the size {size}", fix="Use backend='inductor'")
 
     def dim(self, size: Size) -> Any:
         """The size of a buffer's dimension; a compound one becomes a variable, which the buffer then defines."""

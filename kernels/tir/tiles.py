@@ -7,6 +7,8 @@ product instruction adds four products per row:
 - int8: uint8 [N/16, K/4, 16, 4], the code plus 128, so that the weight is the unsigned operand;
 - int4: uint8 [N/16, K/8, 16, 4], codes k … k+3 of a row in the low nibbles and k+4 … k+7 in the high ones.
 
+Floats stay floats: float32 [N/16, K, 16] as [N/16, K * 16].
+
 Scales become [N/16, G, 16] and zero points uint8 [N/16, G, 16], offset like the codes. Rows are padded to whole tiles
 with zero scales.
 """
@@ -23,8 +25,8 @@ ROWS = 16
 OFFSET = {"int4": 0, "int8": 128}
 """What is added to a code so that it is unsigned."""
 
-STEP = {"int4": 8, "int8": 4}
-"""Codes along K in one vector of a tile; a group is a multiple of it."""
+STEP = {"int4": 8, "int8": 4, "float32": 1}
+"""Weights along K in one 64-byte vector of a tile; a group is a multiple of it."""
 
 
 def unsigned_zero(format: str) -> int:
@@ -47,6 +49,16 @@ def untile_codes(tiles: Tensor, format: str, group_size: int, rows: int) -> Tens
     parts = [quads] if format == "int8" else [quads & 15, quads >> 4]
     codes = torch.stack(parts, 3).flatten(2).flatten(0, 1)[:rows]
     return packing.pack(codes.to(torch.int16) - OFFSET[format], format, group_size)
+
+
+def tile_floats(weight: Tensor) -> Tensor:
+    """Weights [N, K] as [N/16, K * 16]."""
+    return _padded(weight).unflatten(0, (-1, ROWS)).transpose(1, 2).flatten(1)
+
+
+def untile_floats(tiles: Tensor, rows: int) -> Tensor:
+    """Inverse of `tile_floats`, for `rows` rows."""
+    return tiles.unflatten(1, (-1, ROWS)).transpose(1, 2).flatten(0, 1)[:rows]
 
 
 def tile_groups(values: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
     python samples/bench/compare.py smollm2-fp32 smollm2-int8 smollm2-int4-dynamic --rounds 5 --gguf smollm2-q4_0.gguf
 
 Arguments are artifact directories; the peers are eager Hugging Face, torch.compile with a static cache, and llama.cpp
-on the GGUF files given. The last column is the share of the memory bandwidth, measured in the same run, that reading
-all weights once per token would need.
+and OpenVINO GenAI on the GGUF files given. The last column is the share of the memory bandwidth, measured in the same
+run, that reading all weights once per token would need.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from graphwright.sources import demo_model, open_model
 
 # PYTHONSAFEPATH keeps a script's own folder off the path; this one is wanted.
 sys.path.append(str(Path(__file__).parent))
-from peers import HuggingFace, LlamaCpp, Peer, TorchCompile, interleaved, read_bandwidth
+from peers import HuggingFace, LlamaCpp, OpenVino, Peer, TorchCompile, interleaved, read_bandwidth
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("artifacts", nargs="+", type=Path)
-    parser.add_argument("--gguf", type=Path, action="append", default=[], help="a file for llama.cpp")
+    parser.add_argument("--gguf", type=Path, action="append", default=[], help="a file for llama.cpp and OpenVINO")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=48)
@@ -39,7 +39,7 @@ def main() -> None:
     model = open_model(demo_model()).model
     peers: list[Peer] = [HuggingFace(model), TorchCompile(model)]
     peers += [Peer.of_artifact(path.name, graphwright.load(path)) for path in arguments.artifacts]
-    peers += [LlamaCpp(path) for path in arguments.gguf]
+    peers += [kind(path) for path in arguments.gguf for kind in (LlamaCpp, OpenVino)]
     bandwidth = read_bandwidth()
     timings = interleaved(
         peers,

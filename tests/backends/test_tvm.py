@@ -1,5 +1,6 @@
 """The TVM backend as a whole: artifacts, the automatic choice, torch.compile, machine code, views."""
 
+import os
 import subprocess
 import sys
 
@@ -45,6 +46,29 @@ def test_an_artifact_runs_in_a_fresh_process(compiled, tmp_path):
         [sys.executable, "-c", LOAD, str(tmp_path / "artifact")], capture_output=True, text=True, check=True
     )
     assert found.stdout.strip().splitlines()[-1] == f"tvm {expected} False"
+
+
+THREADS = """
+import os, sys, torch, tvm_ffi, graphwright
+from concurrent.futures import ThreadPoolExecutor
+cores = os.sched_getaffinity(0)
+compiled = graphwright.load(sys.argv[1])
+count = tvm_ffi.get_global_func("runtime.NumThreads")
+def used(threads):
+    torch.set_num_threads(threads)
+    compiled.logits(torch.tensor([[3, 1, 4]]))
+    return count()
+found = [used(2), used(1), used(2), ThreadPoolExecutor(1).submit(used, 2).result()]
+print(found == [min(2, len(cores)), 1, min(2, len(cores)), min(2, len(cores))], os.sched_getaffinity(0) == cores)
+"""
+
+
+def test_threads_are_those_of_torch_and_are_not_pinned(compiled, tmp_path):
+    compiled.save(tmp_path / "artifact")
+    command = [sys.executable, "-c", THREADS, str(tmp_path / "artifact")]
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "TVM_NUM_THREADS")}
+    found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert found.stdout.strip().splitlines()[-1] == "True True"
 
 
 def test_weights_are_stored_once_in_tiles(compiled):

@@ -1,5 +1,6 @@
 """Programs of every dense causal family, lowered by TVM, against the eager program over the same quantized weights."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,19 @@ def distance(executable, program: Program, sizes: dict[str, int], seed: int = 0)
     pairs = [*zip(found, expected, strict=True)]
     pairs += [(a[:, :, :-1], b[:, :, :-1]) for a, b in zip(states[0].values(), states[1].values(), strict=True)]
     return max(float((a - b).norm() / b.norm().clamp_min(1e-9)) for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "bloom"])
+@pytest.mark.parametrize("recipe", ["fp32", "int4", "int8"])
+def test_floating_point_activations_equal_the_eager_program(name, recipe, tmp_path):
+    program = rewritten(name, recipe)
+    assert not coverage(program, BACKEND, CPU).fallbacks
+    executable, program = lowered(program, tmp_path)
+    for sizes in (
+        {"batch": 1, "sequence": 1, "keys": 1, "capacity": 16, "logits": 1},
+        {"batch": 2, "sequence": 9, "keys": 11, "capacity": 16, "logits": 2},
+    ):
+        assert distance(executable, program, sizes) < 1e-5
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -101,16 +115,12 @@ def test_a_dispatch_of_experts_is_left_to_inductor():
     program = rewritten("mixtral")
     chosen, passed_over = choose(program, CPU, [BACKEND, INDUCTOR])
     assert chosen is INDUCTOR
-    assert "no converter" in passed_over["tvm"]
+    assert re.search("has no kernel for|has no fast kernel for|cannot convert", passed_over["tvm"])
 
 
-@pytest.mark.parametrize(
-    ("recipe", "reason"),
-    [("int4", "activations are not quantized per token"), ("fp32", "no kernel"), ("bf16", "computes in float32")],
-)
-def test_what_it_cannot_lower_is_named(recipe, reason):
-    _, passed_over = choose(rewritten("llama", recipe), CPU, [BACKEND, INDUCTOR])
-    assert reason in passed_over["tvm"]
+def test_what_it_cannot_lower_is_named():
+    _, passed_over = choose(rewritten("llama", "bf16"), CPU, [BACKEND, INDUCTOR])
+    assert "computes in float32" in passed_over["tvm"]
 
 
 def test_a_forced_backend_refuses_with_the_node(tmp_path):

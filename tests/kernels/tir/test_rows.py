@@ -7,13 +7,13 @@ from torch.nn import functional
 
 from graphwright.kernels.tir import rope as rope_kernels
 from graphwright.kernels.tir import tiles
+from graphwright.kernels.tir.embedding import embedding as embedding_kernel
 from graphwright.kernels.tir.emit import Layout
 from graphwright.kernels.tir.gated_activation import gated_activation as gated_kernel
+from graphwright.kernels.tir.linear import Linear
 from graphwright.kernels.tir.normalize import Norm, normalize
 from graphwright.kernels.tir.quantize import CodeRow
 from graphwright.kernels.tir.quantize import quantize as quantize_kernel
-from graphwright.kernels.tir.quantized_embedding import quantized_embedding as embedding_kernel
-from graphwright.kernels.tir.quantized_linear import QuantizedLinear
 from graphwright.numerics import relative_error
 from graphwright.ops import gated_activation, kv_cache_update, quantized_embedding, rms_norm, rope
 from graphwright.rounding import quantize
@@ -115,17 +115,30 @@ def test_rope_and_cache(heads, head_dim, half, interleaved, shared):
 
 
 @pytest.mark.parametrize(
-    ("format", "group", "asymmetric"), [("int8", 40, False), ("int4", 8, True), ("int4", 40, False)]
+    ("width", "format", "group", "asymmetric"),
+    [
+        (40, "int8", 40, False),
+        (40, "int4", 8, True),
+        (40, "int4", 40, False),
+        (37, "int4", 8, True),
+        (6, "int8", 4, False),
+    ],
 )
-def test_embedding(format, group, asymmetric):
+def test_embedding(width, format, group, asymmetric):
     scheme = Scheme(format=format, group_size=group, symmetric=not asymmetric)
-    done = quantize(torch.randn(37, 40), scheme)
+    done = quantize(torch.randn(37, width), scheme)
     packed, scale, zero = done.packed, done.grid.scale, done.grid.zero_point
     indices = torch.randint(0, 37, (2, 5))
-    table = QuantizedLinear(37, 40, group, format, asymmetric, "float16")
     given = [indices, tiles.tile_codes(packed, format, group), tiles.tile_groups(scale)]
     if zero is not None:
         given.append(tiles.tile_zero_points(zero, format))
-    out = nowhere(2, 5, 40)
-    run(embedding_kernel(table, dense(B, S), 40), *given, out)
-    assert torch.equal(out, quantized_embedding(indices, packed, scale, zero, format, group, 40, torch.float32))
+    out = nowhere(2, 5, width)
+    run(embedding_kernel(Linear(37, width, format, group, asymmetric, "float16"), (B, S)), *given, out)
+    assert torch.equal(out, quantized_embedding(indices, packed, scale, zero, format, group, width, torch.float32))
+
+
+def test_embedding_of_floats():
+    table, indices = torch.randn(37, 21), torch.randint(0, 37, (4, 3))
+    out = nowhere(4, 3, 21)
+    run(embedding_kernel(Linear(37, 21, "float32", 21), (B, S)), indices, tiles.tile_floats(table).contiguous(), out)
+    assert torch.equal(out, table[indices])

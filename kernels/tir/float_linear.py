@@ -1,0 +1,204 @@
+"""Floating-point activations times weights in tiles, which are floats or low-bit codes: y = x · weight.
+
+One row (`vector`): every thread streams its share of the tiles once, decoding them in registers. Many rows (`matrix`):
+a thread decodes two tiles into its cache, then multiplies them with as many rows at a time as registers hold sums for.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tvm import tirx
+
+from graphwright.kernels.tir.emit import (
+    Flat,
+    Index,
+    Kernel,
+    ceil_div,
+    floats,
+    kernel,
+    let,
+    local,
+    loop,
+    minimum,
+    parallel,
+    product,
+    splat,
+)
+from graphwright.kernels.tir.functions import fma, integer, kind
+from graphwright.kernels.tir.linear import ROWS_PER_TASK, Epilogue, Linear, Weight, clear
+from graphwright.kernels.tir.tiles import ROWS, STEP, unsigned_zero
+
+CHAINS = 4
+"""Sums of one row that do not wait for each other."""
+
+UNROLLED = 8
+"""Weights along K in one turn of the innermost loop; a multiple of every step."""
+
+REST_BLOCK = 4
+"""Rows at a time where fewer are left than registers hold sums for."""
+
+
+def vector(layer: Linear, lanes: int, lead: Sequence[Index]) -> tirx.PrimFunc:
+    """The kernel for one row of x [*lead, K], float32; `lead` are all 1, `lanes` floats make a vector register."""
+    with kernel("float_linear_vector") as k:
+        b = _Buffers(k, layer, lead)
+        with parallel(layer.width // ROWS if layer.activation else layer.tiles) as tile:
+            chosen = [tile, tile + layer.tiles // 2] if layer.activation else [tile]
+            b.epilogue.finish(0, chosen, [_one_row(b, t, lanes) for t in chosen], lanes)
+    return k.function
+
+
+def matrix(layer: Linear, lanes: int, lead: Sequence[Index]) -> tirx.PrimFunc:
+    """The kernel for any number of rows."""
+    rows = product(lead)
+    with kernel("float_linear_matrix") as k:
+        b = _Buffers(k, layer, lead)
+        with parallel(layer.columns * let(ceil_div(rows, ROWS_PER_TASK))) as task:
+            chosen = layer.tiles_of(let(task % layer.columns))
+            panels = [_panel(b, tile, lanes) for tile in chosen]
+            first = let(task // layer.columns * ROWS_PER_TASK)
+            count = let(minimum(rows - first, tirx.const(ROWS_PER_TASK, "int64")))
+            many = _rows_at_once(lanes, len(chosen))
+            with loop(count // many) as block:
+                start = let(first + block * many)
+                _block(b, [start + i for i in range(many)], chosen, panels, lanes)
+            with loop(ceil_div(count % many, REST_BLOCK)) as block:
+                # Rows beyond the last are computed as the last one again, and store the same values.
+                start = let(first + count // many * many + block * REST_BLOCK)
+                _block(b, [let(minimum(start + i, rows - 1)) for i in range(REST_BLOCK)], chosen, panels, lanes)
+    return k.function
+
+
+def _rows_at_once(lanes: int, tiles: int) -> int:
+    """Rows whose sums fit in registers: AVX2 has 16 of 8 lanes, AVX-512 and Neon have 32."""
+    registers = 12 if lanes == 8 else 24
+    return max(1, registers * lanes // (tiles * ROWS))
+
+
+class _Buffers:
+    """The kernel's arguments, in the order in which it takes them."""
+
+    def __init__(self, k: Kernel, layer: Linear, lead: Sequence[Index]) -> None:
+        self.layer = layer
+        self.x = k.read("x", (*lead, layer.inputs), "float32")
+        self.weight = Weight(k, layer)
+        self.epilogue = Epilogue(k, layer, lead)
+        k.begin()
+
+
+def _each_group(layer: Linear, body: Callable[[Any, int], None]) -> None:
+    """Emits `body(group, weights in it)` for all groups along K; the end of the row may cut the last one short."""
+    whole, rest = divmod(layer.inputs, layer.group_size)
+    if whole:
+        with loop(whole) as group:
+            body(group, layer.group_size)
+    if rest:
+        body(whole, rest)
+
+
+def _each_turn(width: int, body: Callable[[Any, int], None]) -> None:
+    """Emits `body(first weight, weights)` for `width` weights, `UNROLLED` at a time."""
+    whole, rest = divmod(width, UNROLLED)
+    if whole:
+        with loop(whole) as turn:
+            body(let(turn * UNROLLED), UNROLLED)
+    if rest:
+        body(width - rest, rest)
+
+
+def _one_row(b: _Buffers, tile: Any, lanes: int) -> Flat:
+    """The product of the only row with one tile."""
+    total = local(ROWS, "float32")
+    clear(total, ROWS, "float32", lanes)
+    _each_group(b.layer, lambda group, width: _one_group(b, tile, group, width, total, lanes))
+    return total
+
+
+def _one_group(b: _Buffers, tile: Any, group: Any, width: int, total: Flat, lanes: int) -> None:
+    """Adds the products of `width` weights of a group to `total`."""
+    layer, at = b.layer, let(tile * b.layer.groups + group)
+    sums = local(CHAINS * ROWS, "float32")
+    clear(sums, CHAINS * ROWS, "float32", lanes)
+
+    def add(first: Any, count: int) -> None:
+        for lane in range(0, ROWS, lanes):
+            for i, weight in enumerate(_decoded(b, at, first, count, lane, lanes)):
+                place = i % CHAINS * ROWS + lane
+                x = splat(b.x[group * layer.group_size + first + i], lanes)
+                sums.put(place, fma(weight, x, sums.vec(place, lanes), lanes), lanes)
+
+    _each_turn(width, add)
+    for lane in range(0, ROWS, lanes):
+        low, high = (sums.vec(i * ROWS + lane, lanes) + sums.vec((i + 1) * ROWS + lane, lanes) for i in (0, 2))
+        value = low + high
+        if layer.scale_dtype:
+            value = value * b.weight.scale(at, lane, lanes)
+        total.put(lane, total.vec(lane, lanes) + value, lanes)
+
+
+def _decoded(b: _Buffers, at: Any, first: Any, count: int, lane: int, lanes: int) -> list[Any]:
+    """Weights first … first + count - 1 of group `at` as vectors of floats, before the scale.
+
+    `first` is a multiple of `UNROLLED`.
+    """
+    layer, step = b.layer, STEP[b.layer.format]
+    values: list[Any] = []
+    for vector_ in range(ceil_div(count, step)):
+        number = at * layer.vectors + first // step + vector_
+        if not layer.scale_dtype:
+            values.append(b.weight.stored.vec(number * ROWS + lane, lanes))
+            continue
+        stored = let(b.weight.stored.vec((number * ROWS + lane) * 4, 4 * lanes))
+        words = let(tirx.reinterpret(kind("int32", lanes), stored))
+        bits = 32 // step
+        for i in range(step):
+            # Low nibbles hold the first four codes, high ones the next four.
+            shift = 8 * i if bits == 8 else 8 * (i % 4) + 4 * (i // 4)
+            code = (words >> integer(shift, lanes)) & integer((1 << bits) - 1, lanes)
+            values.append(floats(code - _zero(b, at, lane, lanes), lanes))
+    return values[:count]
+
+
+def _zero(b: _Buffers, at: Any, lane: int, lanes: int) -> Any:
+    if b.weight.zero is None:
+        return integer(unsigned_zero(b.layer.format), lanes)
+    return tirx.Cast(kind("int32", lanes), b.weight.zero.vec(at * ROWS + lane, lanes))
+
+
+def _panel(b: _Buffers, tile: Any, lanes: int) -> tuple[Flat, Any]:
+    """The weights of a tile as floats [K, 16] and the place of the first; floats stay where they are stored."""
+    layer = b.layer
+    if not layer.scale_dtype:
+        return b.weight.stored, let(tile * (layer.inputs * ROWS))
+    panel = local(layer.inputs * ROWS, "float32")
+    _each_group(layer, lambda group, width: _decode_group(b, tile, group, width, panel, lanes))
+    return panel, 0
+
+
+def _decode_group(b: _Buffers, tile: Any, group: Any, width: int, panel: Flat, lanes: int) -> None:
+    at = let(tile * b.layer.groups + group)
+
+    def decode(first: Any, count: int) -> None:
+        for lane in range(0, ROWS, lanes):
+            scale = let(b.weight.scale(at, lane, lanes))
+            for i, weight in enumerate(_decoded(b, at, first, count, lane, lanes)):
+                panel.put((group * b.layer.group_size + first + i) * ROWS + lane, weight * scale, lanes)
+
+    _each_turn(width, decode)
+
+
+def _block(b: _Buffers, rows: list[Any], tiles: list[Any], panels: list[tuple[Flat, Any]], lanes: int) -> None:
+    """Some rows times some tiles, stored."""
+    sums = [[local(ROWS, "float32") for _ in tiles] for _ in rows]
+    for line in sums:
+        for total in line:
+            clear(total, ROWS, "float32", lanes)
+    with loop(b.layer.inputs) as at:
+        for lane in range(0, ROWS, lanes):
+            weights = [let(panel.vec(start + at * ROWS + lane, lanes)) for panel, start in panels]
+            for row, line in zip(rows, sums, strict=True):
+                x = let(splat(b.x[row * b.layer.inputs + at], lanes))
+                for weight, total in zip(weights, line, strict=True):
+                    total.put(lane, fma(weight, x, total.vec(lane, lanes), lanes), lanes)
+    for row, line in zip(rows, sums, strict=True):
+        b.epilogue.finish(row, tiles, line, lanes)

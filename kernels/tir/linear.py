@@ -1,0 +1,153 @@
+"""What the kernels of linear layers share: the weight in tiles, the split over threads, and the epilogue.
+
+The epilogue adds a bias and a residual, or computes activation(gate) * up of a merged gate-and-up projection, as the
+layer stores its output.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+
+from graphwright.kernels.tir.emit import Flat, Index, Kernel, ceil_div, floats, let, loop, minimum, splat, zeros
+from graphwright.kernels.tir.functions import ACTIVATIONS
+from graphwright.kernels.tir.tiles import ROWS, STEP
+
+ROWS_PER_TASK = 128
+"""Rows of activations that share one unpacking of weight tiles."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer to make a kernel for, or a table to look rows up in.
+
+    Attributes:
+        outputs: N, of the weight.
+        inputs: K.
+        format: of the weight, one of `tiles.STEP`.
+        group_size: weights that share a scale, a multiple of `tiles.STEP`; K for floats.
+        asymmetric: it has zero points.
+        scale_dtype: of the weight's scales; empty for floats, which have none.
+        bias: one is added.
+        residual: a tensor of the output's shape is added.
+        activation: the weight is gate and up, merged; the output is activation(gate) * up. Empty: none.
+    """
+
+    outputs: int
+    inputs: int
+    format: str
+    group_size: int
+    asymmetric: bool = False
+    scale_dtype: str = ""
+    bias: bool = False
+    residual: bool = False
+    activation: str = ""
+
+    @property
+    def groups(self) -> int:
+        """Groups along K, the last one padded."""
+        return ceil_div(self.inputs, self.group_size)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of the weight."""
+        return ceil_div(self.outputs, ROWS)
+
+    @property
+    def width(self) -> int:
+        """Features of the output."""
+        return self.outputs // 2 if self.activation else self.outputs
+
+    @property
+    def vectors(self) -> int:
+        """64-byte vectors of one group of a tile, as stored."""
+        return self.group_size // STEP[self.format]
+
+    @property
+    def columns(self) -> int:
+        """Tasks of at most two tiles."""
+        return self.width // ROWS if self.activation else ceil_div(self.tiles, 2)
+
+    def tiles_of(self, column: Any) -> list[Any]:
+        """The tiles of a task: a gate and its up, or neighbours."""
+        if self.activation:
+            return [column, let(column + self.tiles // 2)]
+        if self.tiles == 1:
+            return [column]
+        # An odd last tile is computed twice by its thread, into the same place.
+        return [let(column * 2), let(minimum(column * 2 + 1, tirx.const(self.tiles - 1, "int64")))]
+
+
+class Weight:
+    """The arguments that hold a weight in tiles, in the order in which kernels take them."""
+
+    def __init__(self, k: Kernel, layer: Linear) -> None:
+        coded = bool(layer.scale_dtype)
+        per_vector = 4 * ROWS if coded else ROWS
+        elements = layer.groups * layer.vectors * per_vector
+        self.stored = k.read("weight", (layer.tiles, elements), "uint8" if coded else layer.format)
+        groups = (layer.tiles, layer.groups, ROWS)
+        self._scale = k.read("scale", groups, layer.scale_dtype) if coded else None
+        self.zero = k.read("zero", groups, "uint8") if layer.asymmetric else None
+
+    def scale(self, at: Any, lane: int, lanes: int) -> Any:
+        """Scales of group `at` of all tiles, in float32."""
+        return floats(self._scale.vec(at * ROWS + lane, lanes), lanes)
+
+
+class Epilogue:
+    """The arguments that end a linear layer, and what is done with them."""
+
+    def __init__(self, k: Kernel, layer: Linear, lead: Sequence[Index]) -> None:
+        self._layer = layer
+        self._bias = k.read("bias", (layer.outputs,), "float32") if layer.bias else None
+        self._residual = k.read("residual", (*lead, layer.width), "float32") if layer.residual else None
+        self._out = k.write("out", (*lead, layer.width), "float32")
+
+    def finish(self, row: Any, tiles: list[Any], totals: list[Flat], lanes: int, step: Any = None) -> None:
+        """Stores one row of some tiles, after multiplying the sums with `step` if there is one."""
+        if self._layer.activation:
+            self._tile(row, tiles[0], totals, lanes, step)
+            return
+        for tile, total in zip(tiles, totals, strict=True):
+            self._tile(row, tile, [total], lanes, step)
+
+    def _tile(self, row: Any, tile: Any, totals: list[Flat], lanes: int, step: Any) -> None:
+        layer, result = self._layer, totals[0]
+        for lane in range(0, ROWS, lanes):
+            values = [total.vec(lane, lanes) for total in totals]
+            if step is not None:
+                values = [value * splat(step, lanes) for value in values]
+            if self._bias is not None and layer.outputs % ROWS == 0:
+                starts = [tile, tile + layer.tiles // 2]
+                values = [v + self._bias.vec(t * ROWS + lane, lanes) for v, t in zip(values, starts, strict=False)]
+            if layer.activation:
+                gate = let(values[0])
+                values = [ACTIVATIONS[layer.activation](gate, lanes) * values[1]]
+            result.put(lane, values[0], lanes)
+        self._store(row, tile, result, lanes)
+
+    def _store(self, row: Any, tile: Any, result: Flat, lanes: int) -> None:
+        layer = self._layer
+        start = let(row * layer.width + tile * ROWS)
+        if layer.width % ROWS == 0:
+            for lane in range(0, ROWS, lanes):
+                value = result.vec(lane, lanes)
+                if self._residual is not None:
+                    value = value + self._residual.vec(start + lane, lanes)
+                self._out.put(start + lane, value, lanes)
+            return
+        with loop(minimum(layer.width - tile * ROWS, tirx.const(ROWS, "int64"))) as i:
+            value = result[i]
+            if self._bias is not None:
+                value = value + self._bias[tile * ROWS + i]
+            if self._residual is not None:
+                value = value + self._residual[start + i]
+            self._out.put(start + i, value, 1)
+
+
+def clear(sums: Flat, elements: int, dtype: str, lanes: int) -> None:
+    """Sets sums to zero."""
+    for lane in range(0, elements, lanes):
+        sums.put(lane, zeros(dtype, lanes), lanes)
