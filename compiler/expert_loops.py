@@ -14,7 +14,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ def unrolled(model: nn.Module, stacked: bool) -> Iterator[list[str]]:
         stacked: replace modules of stacked weights too; not all of them are loops.
     """
     changed: list[tuple[nn.Module, list[str]]] = []
-    names = []
+    names: list[str] = []
     try:
         with torch.no_grad():
             for name, module in list(model.named_modules()):
@@ -124,8 +124,7 @@ def _stacked(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]] 
             if sum(b is not None for b in bias) != len(biases) or wide.shape[2] != narrow.shape[1]:
                 continue
             for kind in _middles(wide.shape[1], narrow.shape[2], numbers):
-                middle = (*kind, 1.0, 0.0)[:5]
-                mlp = _Mlp(up, bias[0], down, bias[1], *middle, flip)
+                mlp = replace(_Mlp(up, bias[0], down, bias[1], *kind), flipped=flip)
                 for order in ((0, 1, 2), (0, 2, 1)):
                     if _same_stack(module, mlp, order):
                         return _stack_forward(mlp, order), {}

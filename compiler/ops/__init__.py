@@ -17,6 +17,7 @@ from graphwright.ops.quantized_experts import quantized_experts
 from graphwright.ops.quantized_linear import quantized_linear
 from graphwright.ops.rms_norm import rms_norm
 from graphwright.ops.rope import rope
+from graphwright.ops.sparse_linear import sparse_linear
 
 __all__ = [
     "attention",
@@ -32,4 +33,5 @@ __all__ = [
     "quantized_linear",
     "rms_norm",
     "rope",
+    "sparse_linear",
 ]

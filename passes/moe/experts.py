@@ -19,7 +19,7 @@ import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -142,9 +142,9 @@ def _layer(total: fx.Node) -> Layer | None:
         return None
     down, up = found
     tokens, choices = total.meta["val"].shape[0], stacked.meta["val"].shape[1]
-    x = _upstream(up.rows, {aten.unsqueeze.default, aten.index.Tensor, aten.repeat_interleave.self_int}, gathered=True)
+    x = _tokens(up.rows)
     indices = _reach(up.selector, tokens, choices)
-    weights = _share(stacked, down.node)
+    weights = _share(stacked)
     weights = None if weights is None else _reach(weights, tokens, choices)
     if x is None or indices is None or weights is None or indices.meta["val"].dtype is not torch.int64:
         return None
@@ -153,7 +153,8 @@ def _layer(total: fx.Node) -> Layer | None:
 
 def _products(end: fx.Node) -> list[Product]:
     """The products with stacked weights behind a node, the last one first."""
-    found, node = [], end
+    found: list[Product] = []
+    node = end
     while len(found) < 2:
         near = _nearest(node)
         if near is None:
@@ -164,7 +165,8 @@ def _products(end: fx.Node) -> list[Product]:
 
 
 def _nearest(end: fx.Node) -> Product | None:
-    seen, queue = set(), [end]
+    seen: set[fx.Node] = set()
+    queue = [end]
     while queue:
         node = queue.pop(0)
         if node in seen or node.op != "call_function" or node.target is aten.linear.default:
@@ -186,46 +188,55 @@ def _product(node: fx.Node) -> Product | None:
     if node.target is aten.bmm.default:
         for weight, rows, outputs_first in ((*node.args[:2], True), (*reversed(node.args[:2]), False)):
             stacked = _unflipped(weight)
-            if stacked.target is aten.index.Tensor and stacked.args[0].op == "get_attr":
+            if _selects(stacked):
                 flipped = stacked is not weight
                 return Product(node, rows, stacked.args[0], stacked.args[1][0], outputs_first != flipped)
     return None
 
 
+def _selects(node: Any) -> bool:
+    """Whether a call picks entries of a weight along its first dimension."""
+    if not isinstance(node, fx.Node) or node.target is not aten.index.Tensor:
+        return False
+    return _source(node).op == "get_attr" and len(node.args[1]) == 1
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """The first argument."""
+    return cast(fx.Node, node.args[0])
+
+
 def _unflipped(weight: fx.Node) -> fx.Node:
     """What a transpose of the last two dimensions reads; the node itself if it is none."""
     if weight.target is aten.transpose.int and {a % 3 for a in weight.args[1:3]} == {1, 2}:
-        return weight.args[0]
+        return _source(weight)
     if weight.target is aten.permute.default and list(weight.args[1]) == [0, 2, 1]:
-        return weight.args[0]
+        return _source(weight)
     return weight
 
 
-def _upstream(node: fx.Node, through: set[Any], gathered: bool) -> fx.Node | None:
-    """The tokens that rows are gathered from."""
-    while node.target in through:
-        done = gathered and node.target is not aten.unsqueeze.default
-        node = node.args[0]
-        if done:
-            return node
-    return None
+def _tokens(rows: fx.Node) -> fx.Node | None:
+    """What rows are gathered from, one for each choice."""
+    while rows.target is aten.unsqueeze.default:
+        rows = _source(rows)
+    return _source(rows) if rows.target in (aten.index.Tensor, aten.repeat_interleave.self_int) else None
 
 
-def _share(stacked: fx.Node, product: fx.Node) -> fx.Node | None:
-    """The factor, beside the product, of what is summed."""
+def _share(stacked: fx.Node) -> fx.Node | None:
+    """The weights that outputs are multiplied by before they are summed."""
     node = stacked
     while node.target in (aten.reshape.default, aten.view.default, aten.index.Tensor, aten.to.dtype):
-        node = node.args[0]
+        node = _source(node)
     if node.target is not aten.mul.Tensor or not all(isinstance(a, fx.Node) for a in node.args[:2]):
         return None
-    left, right = node.args[:2]
+    left, right = cast(tuple[fx.Node, fx.Node], node.args[:2])
     return right if right.meta["val"].shape[-1] == 1 else left
 
 
 def _reach(node: fx.Node, tokens: Any, choices: Any) -> fx.Node | None:
     """The first matrix [tokens, choices] behind a chain of calls that read one tensor each."""
     while node.target is aten.unsqueeze.default:
-        node = node.args[0]  # With one choice per token, a column of sorted rows looks like the matrix.
+        node = _source(node)  # With one choice per token, a column of sorted rows looks like the matrix.
     while node.op == "call_function":
         value = node.meta["val"]
         if isinstance(value, Tensor) and value.dim() == 2 and str(value.shape) == str(torch.Size((tokens, choices))):
@@ -293,8 +304,8 @@ def _biased(product: fx.Node) -> tuple[fx.Node, fx.Node | None]:
             continue
         if user.target is aten.add.Tensor:
             other = user.args[1] if user.args[0] is node else user.args[0]
-            if isinstance(other, fx.Node) and other.target is aten.index.Tensor and other.args[0].op == "get_attr":
-                return user, other.args[0]
+            if _selects(other):
+                return user, _source(cast(fx.Node, other))
         break
     return node, None
 
@@ -405,8 +416,8 @@ def _routing(program: Program, layer: Layer, generator: torch.Generator) -> Rout
         if top_k > count // groups[0] * groups[1]:
             continue
         stored = None if bias is None else program.weight(bias)
-        made = moe_routing.reference(given, stored, top_k, scoring, normalize, scaling, *groups)
-        if relative_error(_dense(*made, count), dense) <= EXACT_TOLERANCE[given.dtype]:
+        shares, chosen = moe_routing.reference(given, stored, top_k, scoring, normalize, scaling, *groups)
+        if relative_error(_dense(shares, chosen, count), dense) <= EXACT_TOLERANCE[given.dtype]:
             return Routing(logits, bias, top_k, scoring, normalize, scaling, *groups)
     raise _UnknownError("no known scoring, grouping and normalization gives its weights")
 
