@@ -38,10 +38,10 @@ def quiet(_text, _fraction):
     """Progress that nobody watches."""
 
 
-@pytest.fixture(scope="module", params=["fp32", "int8", "int4"])
+@pytest.fixture(scope="module", params=["llama-fp32", "llama-int8", "llama-int4", "mixtral-int4"])
 def compiled(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    program = program_of("llama", request.param)
+    program = program_of(*request.param.split("-"))
     return program, BACKEND.compile(program, Target.parse("cpu"), folder, quiet), folder
 
 
