@@ -106,10 +106,10 @@ def _cost(node: fx.Node, symbols: Mapping[str, sympy.Symbol], output: TensorInfo
     if name in ("linear", "matmul", "mm", "bmm", "_grouped_mm") and first is not None:
         return Cost(2 * output.numel * first.shape[-1])
     if name in ("addmm", "baddbmm"):
-        second = _info(node.args[1].meta.get("val"), symbols)  # type: ignore[union-attr]
+        second = _info(node.args[1].meta.get("val"), symbols)
         return Cost(2 * output.numel * second.shape[-1]) if second else Cost()
     if name == "scaled_dot_product_attention" and first is not None:
-        key = _info(node.args[1].meta.get("val"), symbols)  # type: ignore[union-attr]
+        key = _info(node.args[1].meta.get("val"), symbols)
         return Cost(4 * first.numel * key.shape[-2]) if key else Cost()
     return Cost(output.numel)
 

@@ -258,7 +258,7 @@ IGNORED_ARGUMENTS = {"device", "layout", "pin_memory", "memory_format"}
 
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     """An argument of a call by its schema name, wherever it was written; its default when left out."""
-    schema = node.target._schema  # type: ignore[union-attr]
+    schema = node.target._schema
     for index, formal in enumerate(schema.arguments):
         if formal.name == name:
             if index < len(node.args):

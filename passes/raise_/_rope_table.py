@@ -109,7 +109,7 @@ def _is_positions(node: fx.Node) -> bool:
 def _angle(table: fx.Node) -> fx.Node | None:
     for node in _ancestors(table):
         if node.target in ANGLE_SOURCES:
-            angle = node.args[ANGLE_SOURCES[node.target]]  # type: ignore[index]
+            angle = node.args[ANGLE_SOURCES[node.target]]
             return angle if isinstance(angle, fx.Node) else None
     return None
 
