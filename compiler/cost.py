@@ -7,6 +7,7 @@ A semantic op states its cost beside its definition; ATen ops are covered here. 
 FLOPs over peak rate and bytes over bandwidth; nodes run one after another. It is a bound from below, not a forecast.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,9 +67,11 @@ def program_cost(program: Program) -> Cost:
 def roofline(program: Program, target: Target, sizes: Mapping[str, int]) -> Estimate:
     """FLOPs, bytes and the least time of one call at `sizes` on `target`."""
     bound = {sympy.Symbol(n, positive=True, integer=True): s for n, s in program.contract.sizes(sizes).items()}
+    # Layers repeat, and so do their expressions, of which sympy takes long to evaluate one.
+    value = functools.cache(lambda expression: float(expression.subs(bound)))
     flops = total_bytes = seconds = memory_seconds = 0.0
     for cost in node_costs(program):
-        work, moved = float(cost.flops.subs(bound)), float(cost.bytes.subs(bound))
+        work, moved = value(cost.flops), value(cost.bytes)
         rate = target.flops.get(cost.dtype) or target.flops.get("float32") or 1e12
         compute_time, memory_time = work / rate, moved / (target.bandwidth or 1e12)
         flops, total_bytes = flops + work, total_bytes + moved
