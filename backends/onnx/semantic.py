@@ -7,7 +7,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from graphwright import ops
+from graphwright import ops, packing
 from graphwright.backends.onnx.builder import Builder
 from graphwright.backends.onnx.translate import OfNode, Translation, Translator, onnx_dtype
 from graphwright.match import argument
@@ -247,7 +247,9 @@ def quantize_dequantize(t: Translator, node: fx.Node) -> ir.Value:
         step = b("Max", b("Div", most, b.scalar(largest, FLOAT)), b.scalar(torch.finfo(torch.float32).tiny, FLOAT))
     else:
         step = _cast(b, t.value(scale), FLOAT)
-    codes = b("Clip", b("Round", b("Div", wide, step)), b.scalar(-largest, FLOAT), b.scalar(largest, FLOAT))
+    codes = b("Clip", b("Div", wide, step), b.scalar(-largest, FLOAT), b.scalar(largest, FLOAT))
+    floating = packing.FORMATS[format].dtype
+    codes = b("Round", codes) if floating is None else _cast(b, _cast(b, codes, onnx_dtype(floating)), FLOAT)
     rounded = b("Mul", codes, step)
     return _cast(b, b("Reshape", rounded, shape) if group_size else rounded, narrow, FLOAT)
 
