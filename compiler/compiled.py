@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from graphwright import artifact, registry
 from graphwright.backend import Executable, Progress, backends_for, choose, coverage
@@ -158,7 +158,7 @@ def compile(
             del source
     options = _with_text(options, wanted, captured, folder / TOKENIZER)
     with _timed(seconds, "rewrite"):
-        before = shape_only(captured)
+        before = captured.shape_only()
         # A program that the caller gave stays as it is; one captured here is used up, to free weights early.
         mine = not isinstance(model, Program)
         del model
@@ -291,19 +291,6 @@ class Compiled:
         return final
 
 
-def shape_only(program: Program) -> Program:
-    """A clone whose weights are on the meta device: enough to report on, and no memory."""
-    clone = program.clone()
-    for prefix, part in clone.module.named_modules():
-        del prefix
-        for store in (part._parameters, part._buffers):
-            for name, tensor in list(store.items()):
-                if tensor is not None:
-                    meta = tensor.detach().to("meta")
-                    store[name] = nn.Parameter(meta, requires_grad=False) if store is part._parameters else meta
-    return clone
-
-
 @contextmanager
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     started = time.perf_counter()
@@ -311,4 +298,4 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = time.perf_counter() - started
 
 
-__all__ = ["CompileOptions", "Compiled", "compile", "load", "rewrite", "shape_only"]
+__all__ = ["CompileOptions", "Compiled", "compile", "load", "rewrite"]

@@ -98,6 +98,7 @@ def quantize_experts(
         given["down_bias"], layer.up.scheme.format, *groups, *rest, before=before,
     )  # fmt: skip
     editor.replace(node, new, layer.up.name)
+    editor.retire(node)
     return errors
 
 

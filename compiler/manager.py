@@ -139,7 +139,7 @@ class PassManager:
         """The program after all passes.
 
         `program` itself is not changed, unless `consume` allows it: then weights that a pass replaces are freed as
-        soon as the pass is checked, and the caller must not use `program` again.
+        soon as nothing needs them any more, and the caller must not use `program` again.
 
         Raises:
             PassError: a pass failed or broke its contract.
@@ -151,17 +151,18 @@ class PassManager:
             if self.stop_when_empty and self.context.fuel.empty:
                 break
             self.context.progress(one.name, (number - 1) / len(passes))
-            stored = current.weights().keys()
-            current = self._run_one(one, current, outputs)
-            if current.weights().keys() != stored:
+            stored = set(current.weights())
+            current = self._run_one(one, current, outputs, consume)
+            if set(current.weights()) != stored:
                 # The nodes of replaced graphs refer to each other, and would keep replaced weights for a while.
                 gc.collect()
             self._dump(current, number, one.name)
         self.context.progress("", 1.0)
         return current
 
-    def _run_one(self, one: Pass, before: Program, outputs: dict[int, tuple[Tensor, ...]]) -> Program:
-        kept = before.clone()
+    def _run_one(self, one: Pass, before: Program, outputs: dict[int, tuple[Tensor, ...]], consume: bool) -> Program:
+        frees = consume and one.replaces_weights and not self._runs_again(one, before)
+        kept = self._without_weights(before, outputs) if frees else before.clone()
         started = time.perf_counter()
         result = self._guarded(one, before)
         after = result.program
@@ -188,6 +189,18 @@ class PassManager:
         for observer in self.observers:
             observer(record, kept, finished)
         return finished
+
+    def _runs_again(self, one: Pass, program: Program) -> bool:
+        """Whether the program before a pass runs after it: on calibration batches, or a narrow one in float32."""
+        narrow = any(weight.dtype in NARROW for weight in program.weights().values())
+        return bool(self.context.calibration) if one.kind == "approximate" else narrow
+
+    def _without_weights(self, program: Program, outputs: dict[int, tuple[Tensor, ...]]) -> Program:
+        """The graph alone, whose weights can be freed one by one; what it computes is put into `outputs` before."""
+        for index, sizes in enumerate(VERIFY_SIZES if self.verify else ()):
+            if index not in outputs:
+                outputs[index] = program(**drawn(program, sizes, self.context.seed))
+        return program.shape_only()
 
     def _guarded(self, one: Pass, program: Program) -> PassResult:
         try:
@@ -220,15 +233,16 @@ class PassManager:
                 )
             return own
         if one.kind == "approximate":
+            expected = outputs.get(0)
             outputs.clear()
-            return self._measure(one, before, after, result, record)
+            return self._measure(one, before, after, result, record, expected)
         return self._compare(one, before, after, outputs)
 
     def _compare(self, one: Pass, before: Program, after: Program, outputs: dict[int, tuple[Tensor, ...]]) -> float:
         worst = 0.0
         for index, sizes in enumerate(VERIFY_SIZES):
             inputs = drawn(before, sizes, self.context.seed)
-            expected = outputs.get(index) or before(**inputs)
+            expected = outputs[index] if index in outputs else before(**inputs)
             actual = after(**drawn(before, sizes, self.context.seed))
             outputs[index] = actual
             error, limit = numerics.outputs_error(actual, expected, inputs), numerics.tolerance(expected)
@@ -240,7 +254,7 @@ class PassManager:
                 raise VerificationError(
                     f"Pass {one.name} is declared exact but changed the outputs by {error:.2e} (relative); "
                     f"{limit:.0e} is allowed",
-                    where=first_divergence(before, after, inputs),
+                    where="" if before.is_meta else first_divergence(before, after, inputs),
                     fix=f"Reproduce with sizes {dict(sizes)} and seed {self.context.seed}, or run `graphwright bisect`",
                 )
         return worst
@@ -252,13 +266,24 @@ class PassManager:
         expected, actual = wide(**inputs), widened(after)(**drawn(wide, sizes, self.context.seed))
         return numerics.outputs_error(actual, expected, inputs), numerics.tolerance(expected)
 
-    def _measure(self, one: Pass, before: Program, after: Program, result: PassResult, record: PassRecord) -> float:
-        batches = self.context.calibration[:MEASURED] or [drawn(before, VERIFY_SIZES[0], self.context.seed)]
+    def _measure(
+        self,
+        one: Pass,
+        before: Program,
+        after: Program,
+        result: PassResult,
+        record: PassRecord,
+        drawn_outputs: tuple[Tensor, ...] | None,
+    ) -> float:
+        """The error on calibration batches; without any, on drawn inputs, whose outputs before may be known."""
+        batches = self.context.calibration[:MEASURED]
+        known = None if batches else drawn_outputs
         kl, error = 0.0, 0.0
-        for batch in batches:
-            expected, actual = (p(**batch_inputs(p, batch)) for p in (before, after))
+        for batch in batches or [drawn(before, VERIFY_SIZES[0], self.context.seed)]:
+            expected = known or before(**batch_inputs(before, batch))
+            actual = after(**batch_inputs(after, batch))
             error = max(error, numerics.outputs_error(actual, expected, batch))
-            kl += numerics.mean_kl(actual[0], expected[0]) / len(batches)
+            kl += numerics.mean_kl(actual[0], expected[0]) / max(len(batches), 1)
         record.notes["kl"] = kl
         worst = max(result.layer_errors, key=lambda name: result.layer_errors[name], default="")
         for measured, limit, what in (

@@ -89,6 +89,9 @@ class Pass(BaseModel):
     provides: ClassVar[tuple[str, ...]] = ()
     conflicts: ClassVar[tuple[str, ...]] = ()
     """Properties that must not hold."""
+    replaces_weights: ClassVar[bool] = False
+    """The pass retires large weights one after the other. Where memory counts, it is compared with outputs that are
+    computed ahead, so that nothing holds the old weights; a mistake is then found without its node."""
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Rewrites `program` in place, or returns another."""

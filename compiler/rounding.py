@@ -15,7 +15,7 @@ from graphwright import packing
 from graphwright.errors import PassError
 from graphwright.scheme import WHOLE_TENSOR, Scheme
 
-CHUNK = 1 << 22
+CHUNK = 1 << 20
 """Weights quantized at a time: the head of a vocabulary is the largest tensor of a small model."""
 
 

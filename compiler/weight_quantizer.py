@@ -54,6 +54,7 @@ class WeightQuantizer(Pass):
     """Base of the methods that map a weight, and perhaps statistics of its inputs, to codes."""
 
     kind = "approximate"
+    replaces_weights = True
     requires = ("linear",)
     after: ClassVar[tuple[str, ...]] = (
         "merged_linear",
@@ -141,11 +142,13 @@ class WeightQuantizer(Pass):
                 if layer.head or not self.calibrated:
                     context.progress(f"{self.name} {layer.name}", count / len(layers))
                     self._install(edit, layer, None)
+                    editor.retire(layer.node)
             self._experts(context, edit, mixtures, notes)
             if self.embedding_bits:
                 for node, table in structure.embeddings(program):
                     if editor.allow(node):
                         edit.embedding(node, table, _per_row(self.embedding_bits, self.scale_dtype))
+                        editor.retire(node)
         return PassResult(program, editor.sites, notes=notes, layer_errors=edit.errors)
 
     def _experts(

@@ -30,6 +30,7 @@ class MergeLinear(Pass):
     requires = ("linear",)
     after = ("float_dtype", "rope", "attention", "gated_activation", "pruned", "fewer_layers")
     provides = ("merged_linear",)
+    replaces_weights = True
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Merges every group of siblings that agree in bias and dtype and own their weights."""
@@ -64,3 +65,6 @@ def _merge(editor: Editor, siblings: list[tuple[fx.Node, fx.Node]]) -> None:
         part = editor.call(aten.slice.Tensor, product, -1, start, end, before=first)
         editor.replace(node, part, str(weight.target))
         start = end
+    # All layers' old weights beside the merged ones would be the peak of a compile's memory.
+    for node, _ in siblings:
+        editor.retire(node)

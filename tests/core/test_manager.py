@@ -1,9 +1,13 @@
 """Order, contracts, verification, budgets and bisect of the pass manager."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from families.cache import captured
 
+import graphwright
 from graphwright import manager, registry
 from graphwright.bisect import bisect, kl_test
 from graphwright.errors import BudgetError, GraphwrightError, PassError, RecipeError, VerificationError
@@ -132,6 +136,48 @@ def test_the_input_program_is_not_changed():
     before = program.text()
     PassManager(Context(CPU)).run(program, plan_passes(Recipe.load("int4"), program))
     assert program.text() == before
+
+
+class Wasteful(Wrong):
+    """Retires what it replaces, wrongly."""
+
+    name = "wasteful"
+    replaces_weights = True
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_freed_while_a_pass_replaces_them(dtype):
+    _, original = captured("llama")
+    plan = plan_passes(Recipe.load({"passes": [{"cast": {"dtype": str(dtype)[6:]}}, "merge_linear", {"rtn": {}}]}))
+    kept, used = original.clone(), original.clone()
+    expected = PassManager(Context(CPU)).run(kept, plan)
+    found = PassManager(Context(CPU)).run(used, plan, consume=True)
+    assert found.text() == expected.text()
+    assert all(torch.equal(tensor, expected.weights()[name]) for name, tensor in found.weights().items())
+    assert [record.error for record in found.history] == [record.error for record in expected.history]
+
+
+def test_nothing_holds_a_replaced_weight():
+    module = torch.nn.Sequential(*(torch.nn.Linear(64, 64, bias=False) for _ in range(6)))
+    program = graphwright.capture(module, (torch.randn(2, 64),))
+    weights = [weakref.ref(weight.untyped_storage()) for weight in program.weights().values()]
+    del module
+    seen = []
+
+    class Counting(registry.pass_class("rtn")):
+        def solve(self, weight, scheme, statistics):
+            gc.collect()
+            seen.append(sum(ref() is not None for ref in weights))
+            return super().solve(weight, scheme, statistics)
+
+    PassManager(Context(CPU)).run(program, [*plan_passes(Recipe(passes=[])), Counting()], consume=True)
+    assert seen == [6, 5, 4, 3, 2, 1]
+
+
+def test_a_wrong_pass_that_frees_weights_is_caught():
+    _, program = captured("llama")
+    with pytest.raises(VerificationError, match="Pass wasteful is declared exact but changed"):
+        PassManager(Context(CPU)).run(program.clone(), [*plan_passes(Recipe(passes=[])), Wasteful()], consume=True)
 
 
 def test_approximate_passes_are_measured_and_budgets_hold():
