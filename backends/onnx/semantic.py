@@ -215,6 +215,11 @@ def _visible(t: Translator, node: fx.Node) -> ir.Value:
     return made
 
 
+def narrow_mask(t: Translator, mask: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """A mask in a dtype whose numbers do not reach as far down."""
+    return t.builder("Cast", t.builder("Max", mask, t.builder.scalar(-6e4, FLOAT)), to=dtype)
+
+
 def grouped_linear(t: Translator, node: fx.Node) -> ir.Value:
     """One product per expert over its slice of the rows; slices may be empty."""
     b = t.builder
@@ -247,7 +252,13 @@ def quantize_dequantize(t: Translator, node: fx.Node) -> ir.Value:
         step = b("Max", b("Div", most, b.scalar(largest, FLOAT)), b.scalar(torch.finfo(torch.float32).tiny, FLOAT))
     else:
         step = _cast(b, t.value(scale), FLOAT)
-    codes = b("Clip", b("Round", b("Div", wide, step)), b.scalar(-largest, FLOAT), b.scalar(largest, FLOAT))
+    codes = b("Clip", b("Div", wide, step), b.scalar(-largest, FLOAT), b.scalar(largest, FLOAT))
+    if format == "fp8_e4m3":
+        codes = _cast(b, b("Cast", codes, to=ir.DataType.FLOAT8E4M3FN), FLOAT)
+    elif format in ("int8", "int4"):
+        codes = b("Round", codes)
+    else:
+        raise t.refuse(f"Activations rounded to {format} have no form in ONNX")
     rounded = b("Mul", codes, step)
     return _cast(b, b("Reshape", rounded, shape) if group_size else rounded, narrow, FLOAT)
 
