@@ -73,7 +73,7 @@ def quantized_linear(t: Translator, node: fx.Node) -> ir.Value:
     dense, added, group_size = dense_weight(t, node)
     width = int(dense.shape[1])  # type: ignore[index, arg-type]
     step = None
-    if _per_token(given):
+    if _on_codes(node):
         x, step = _rounded(t, given)
     else:
         x = t.value(given)
@@ -121,6 +121,14 @@ def _per_token(node: Any) -> bool:
     return argument(node, "format") in ROUNDED and not argument(node, "group_size")
 
 
+def _on_codes(node: fx.Node) -> bool:
+    """Whether a product runs over codes of activations: TensorRT multiplies codes of one format only."""
+    if node.target is not ops.quantized_linear.target:
+        return False
+    given: Any = node.args[0]
+    return _per_token(given) and argument(given, "format") == argument(node, "format")
+
+
 def _rounded(t: Translator, node: fx.Node) -> tuple[ir.Value, ir.Value]:
     """Codes as numbers, and the step [..., 1] that they are multiples of, in the dtype of the activations."""
 
@@ -148,7 +156,7 @@ def _through_codes(t: Translator, x: ir.Value, format: str, scale: ir.Value) -> 
 def quantize_dequantize(t: Translator, node: fx.Node) -> ir.Value | None:
     """QuantizeLinear and DequantizeLinear; left to the products that read it, if all of them multiply codes."""
     if _per_token(node):
-        if all(user.target is ops.quantized_linear.target for user in node.users):
+        if all(map(_on_codes, node.users)):
             return None
         codes, step = _rounded(t, node)
         return t.builder("Mul", codes, step)
