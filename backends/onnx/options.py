@@ -18,7 +18,7 @@ class OnnxOptions(BaseModel):
 
     profile: Profile = Field(
         "ort",
-        description="ort: ONNX Runtime's own operators too; standard: only those of ai.onnx; tensorrt: those of its parser",
+        description="ort: ONNX Runtime's own operators too; standard: ai.onnx alone; tensorrt: what its parser takes",
     )
     opset: Literal[20, 24] = Field(20, description="version of the ai.onnx operators; 24 for tensorrt")
     wide_codes: bool = Field(False, description="store codes that the opset has no type for in 8 bits each")

@@ -1,8 +1,8 @@
 """What TensorRT's parser takes for our ops where the plain forms are refused or lose their fusion.
 
-- Weights: DequantizeLinear over int8 or FP8 rows and over int4 blocks of one row, in the dtype of the activations. There
-  is no zero point in TensorRT: with one, the product is that of codes around zero plus a small product of the sums of
-  each group with what the zero points add, which is the same number.
+- Weights: DequantizeLinear over int8 or FP8 rows and int4 blocks of a row, in the dtype of the activations. TensorRT
+  has no zero points: with one, the product is that of codes around zero plus a small product of the sums of each group
+  with what the zero points add, which is the same number.
 - Activations rounded per token: QuantizeLinear and DequantizeLinear with a scale of one around x / step, and the step
   multiplied back after the product, so that the product itself is over codes.
 - Attention: the operator of opset 24 where TensorRT has a kernel for it, else the plain form.

@@ -2,7 +2,7 @@
 
 graphwright compile MODEL --recipe int4 --target tensorrt:sm_89 -o DIR
 
-1. write the program as ONNX that TensorRT's parser takes                      (graphwright.backends.onnx, profile tensorrt)
+1. write the program as ONNX that TensorRT's parser takes                      (backends.onnx, profile tensorrt)
 2. ask the parser about every node; name those that it refuses, and why        (engine.py)
 3. build a strongly typed engine with a decode and a prefill profile           (engine.py)
 4. on a GPU, run it over PyTorch's device memory                               (executable.py)

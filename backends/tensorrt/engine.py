@@ -19,6 +19,7 @@ import onnx
 import tensorrt_rtx as trt
 
 from graphwright.backend import Progress
+from graphwright.backends.onnx.naming import DIMS
 from graphwright.contract import Contract
 from graphwright.errors import BackendError
 
@@ -27,6 +28,9 @@ Sizes = tuple[int, int, int]
 
 BATCH, DECODE_BATCH = (1, 1, 8), (1, 1, 64)
 PROMPT, USUAL_PROMPT, USUAL_KEYS = 4096, 512, 1024
+
+CONTRACT_DIMS = {file: contract for contract, file in DIMS.items()}
+"""The contract's name of each dimension that the file calls otherwise."""
 
 WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
 
@@ -155,8 +159,13 @@ def ranges(contract: Contract) -> list[dict[str, Sizes]]:
         elif dim.name in ("sequence", "logits"):
             decode = (1, 1, 1)
             prefill = (1, min(USUAL_PROMPT if dim.name == "sequence" else 1, dim.max), min(PROMPT, dim.max))
-        found[0][dim.name], found[1][dim.name] = (tuple(min(n, dim.max) for n in s) for s in (decode, prefill))
+        found[0][dim.name], found[1][dim.name] = (_at_most(dim.max, sizes) for sizes in (decode, prefill))
     return found if any(dim.name == "sequence" for dim in contract.dims) and contract.state else found[1:]
+
+
+def _at_most(limit: int, sizes: Sizes) -> Sizes:
+    low, usual, high = sizes
+    return min(low, limit), min(usual, limit), min(high, limit)
 
 
 def _network(log: _Log) -> tuple[Any, Any, Any]:
@@ -173,12 +182,15 @@ def _capability(arch: str) -> Any:
 
 
 def _words(parser: Any, log: _Log) -> str:
-    found = [f"{e.node_name() or e.node_operator()}: {e.desc()}" for e in map(parser.get_error, range(parser.num_errors))]
+    found = [
+        f"{e.node_name() or e.node_operator()}: {e.desc()}" for e in map(parser.get_error, range(parser.num_errors))
+    ]
     return "; ".join(found or log.errors)[:800]
 
 
 def _shapes(tensor: Any, sizes: Mapping[str, Sizes]) -> list[tuple[int, ...]]:
-    names = [tensor.get_dimension_name(axis) for axis in range(len(tensor.shape))]
+    found = (tensor.get_dimension_name(axis) for axis in range(len(tensor.shape)))
+    names = [CONTRACT_DIMS.get(name, name) for name in found]
     return [
         tuple(sizes[name][which] if size == -1 else size for name, size in zip(names, tensor.shape, strict=True))
         for which in range(3)

@@ -46,7 +46,9 @@ def test_ort_multiplies_4_bit_codes(tmp_path: Path) -> None:
     exported(rewritten("llama", "int4"), tmp_path)
     found = operators(tmp_path)
     assert found["MatMulNBits"] == 8  # four in each of two layers
-    assert found["DequantizeLinear"] == found["Gemm"] == 1  # the head of 8 bits, whose operator ONNX Runtime runs slowly
+    assert (
+        found["DequantizeLinear"] == found["Gemm"] == 1
+    )  # the head of 8 bits, whose operator ONNX Runtime runs slowly
     assert found["GatherBlockQuantized"] == 1
     assert found["GroupQueryAttention"] == 2
     assert found["RotaryEmbedding"] == 4
