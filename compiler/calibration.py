@@ -211,6 +211,23 @@ class _Run:
         return rows
 
 
+class _Reader(Protocol):
+    @property
+    def node(self) -> fx.Node: ...
+
+
+Reader = TypeVar("Reader", bound=_Reader)
+
+
+def by_input(program: Program, layers: Sequence[Reader]) -> list[tuple[fx.Node, list[Reader]]]:
+    """Layers by the tensor that their calls (`node`) read first, in graph order of the tensors."""
+    readers: dict[fx.Node, list[Reader]] = {}
+    for layer in layers:
+        readers.setdefault(layer.node.args[0], []).append(layer)
+    order = {node: place for place, node in enumerate(program.graph.nodes)}
+    return sorted(readers.items(), key=lambda entry: order[entry[0]])
+
+
 def samples(program: Program, context: Context) -> list[dict[str, Tensor]]:
     """The context's calibration batches, or random ones with a warning.
 

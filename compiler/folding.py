@@ -11,7 +11,7 @@ attention with shared heads, the linear side of a gated activation. No name of a
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,7 +205,7 @@ def _site(program: Program, source: fx.Node) -> Site | None:
         return None
     maker = path[-1]
     made_by = _made_by(maker)
-    numbers = _Rows(program, maker)
+    numbers = Rows(program, maker)
     rows = numbers.of(source)
     if made_by is None or rows is None or not _owned(path, rows, numbers):
         return None
@@ -246,7 +246,7 @@ def _made_by(maker: fx.Node) -> tuple[Operand, ...] | None:
     return None if None in operands else tuple(o for o in operands if o is not None)
 
 
-def _owned(path: Sequence[fx.Node], rows: Tensor, numbers: "_Rows") -> bool:
+def _owned(path: Sequence[fx.Node], rows: Tensor, numbers: "Rows") -> bool:
     """Whether nothing but the path reads the rows in question."""
     for below, node in itertools.pairwise(path):
         for user in node.users:
@@ -258,15 +258,30 @@ def _owned(path: Sequence[fx.Node], rows: Tensor, numbers: "_Rows") -> bool:
     return True
 
 
-class _Rows:
-    """Row numbers of a maker on their way through the graph, at a small concrete size."""
+class Rows:
+    """Row numbers of a maker on their way through the graph, at a small concrete size.
 
-    def __init__(self, program: Program, maker: fx.Node) -> None:
+    Args:
+        program: the maker's.
+        maker: the call whose last axis is numbered.
+        passing: operations that leave the rows of this argument where they are.
+    """
+
+    def __init__(self, program: Program, maker: fx.Node, passing: Mapping[Any, int] | None = None) -> None:
         self.program = program
+        self.passing = UPSTREAM if passing is None else passing
         self.sizes = program.contract.sizes(PROBE)
         self.count = int(maker.meta["val"].shape[-1])
         shape = shape_at(program, maker, self.sizes)
         self.known: dict[fx.Node, Any] = {maker: torch.arange(self.count).expand(shape)}
+
+    def at(self, node: fx.Node) -> Tensor | None:
+        """The row number of every element of a node at the small size, or None if they cannot be followed."""
+        try:
+            value = self._value(node)
+        except _UntraceableError:
+            return None
+        return value if isinstance(value, Tensor) else None
 
     def of(self, node: fx.Node, *, whole: bool = False) -> Tensor | None:
         """The row number of each channel [K] of a node, or all numbers in it; None if they differ between tokens."""
@@ -286,13 +301,13 @@ class _Rows:
         return self.known[node]
 
     def _compute(self, node: fx.Node) -> Any:
-        if node.target is attention.target:
+        if node.target is attention.target and attention.target in self.passing:
             value = self._value(node.args[2])  # type: ignore[arg-type]
             query = shape_at(self.program, node.args[0], self.sizes)  # type: ignore[arg-type]
             shared = value.repeat_interleave(query[1] // value.shape[1], 1)
             return shared[:, :, :1].expand(-1, -1, query[2], -1)
-        if node.target in UPSTREAM:
-            return self._value(node.args[UPSTREAM[node.target]])  # type: ignore[arg-type, index]
+        if node.target in self.passing:
+            return self._value(node.args[self.passing[node.target]])  # type: ignore[arg-type, index]
         if node.target not in REARRANGING:
             raise _UntraceableError
         if node.target is aten.to.dtype:

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, fx
 
-from graphwright import serialize, text
+from graphwright import serialize, shapes, text
 from graphwright.contract import Contract
 from graphwright.errors import GraphwrightError
 
@@ -77,7 +77,10 @@ class Program:
         contract: Contract,
         metadata: Metadata | None = None,
         history: tuple[PassRecord, ...] = (),
+        *,
+        shaped: bool = True,
     ) -> None:
+        self._shaped = shaped
         self.module = module
         self.contract = contract
         self.metadata = metadata or Metadata()
@@ -86,6 +89,10 @@ class Program:
     @property
     def graph(self) -> fx.Graph:
         """The graph; edit it through `graphwright.rewrite.Editor` only."""
+        if not self._shaped:
+            # A program that was loaded to be run needs no shapes, and they take longer than all else in loading it.
+            shapes.propagate(self.module, self.contract)
+            self._shaped = True
         return self.module.graph
 
     def __call__(self, **tensors: Tensor) -> tuple[Tensor, ...]:
@@ -107,7 +114,7 @@ class Program:
 
     def weights(self) -> dict[str, Tensor]:
         """Every tensor that the graph reads with `get_attr`, by name, in order of use."""
-        return {str(n.target): self.weight(n) for n in self.graph.nodes if n.op == "get_attr"}
+        return {str(n.target): self.weight(n) for n in self.module.graph.nodes if n.op == "get_attr"}
 
     def weight(self, node: fx.Node | str) -> Tensor:
         """The tensor behind a `get_attr` node or name."""
@@ -135,7 +142,7 @@ class Program:
     def with_(self, **changes: Any) -> "Program":
         """The same graph with another contract, metadata or history."""
         fields = {"contract": self.contract, "metadata": self.metadata, "history": self.history}
-        return Program(self.module, **{**fields, **changes})
+        return Program(self.module, shaped=self._shaped, **{**fields, **changes})
 
     def save(self, directory: Path | str) -> None:
         """Writes `program.json` and `weights.safetensors` into an existing directory."""
@@ -163,9 +170,9 @@ class Program:
     def from_json(data: Mapping[str, Any], weights: Mapping[str, Tensor]) -> "Program":
         """Rebuilds a program from `to_json` and its weights."""
         contract = Contract.from_json(data["contract"])
-        module = serialize.graph_from_json(data["graph"], weights, contract)
+        module = serialize.graph_from_json(data["graph"], weights)
         history = tuple(PassRecord(**record) for record in data["history"])
-        return Program(module, contract, Metadata.from_json(data["metadata"]), history)
+        return Program(module, contract, Metadata.from_json(data["metadata"]), history, shaped=False)
 
 
 def attribute(module: torch.nn.Module, name: str) -> Tensor:

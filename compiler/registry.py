@@ -72,13 +72,7 @@ def backend(name: str) -> "Backend":
     """
     if name not in backend_names():
         raise BackendError(f"Unknown backend {name!r}", fix=nearest(name, backend_names()))
-    try:
-        module: Any = importlib.import_module(f"{BACKENDS}.{name}")
-    except ModuleNotFoundError as error:
-        raise BackendError(
-            f"Backend {name} needs the package {error.name}, which is not installed",
-            fix=f"pip install 'graphwright[{name}]'",
-        ) from error
+    module = _with_extra(f"{BACKENDS}.{name}", f"Backend {name}", name)
     if not hasattr(module, "BACKEND"):
         raise BackendError(
             f"{name} is a format to export to, and compiles nothing", fix=f"graphwright export --format {name}"
@@ -101,15 +95,21 @@ def exporter(name: str) -> "Exporter":
     Raises:
         BackendError: a package that it needs is not installed.
     """
-    try:
-        module: Any = importlib.import_module(f"{BACKENDS}.{name}.exporter")
-    except ModuleNotFoundError as error:
-        raise BackendError(
-            f"Format {name} needs the package {error.name}, which is not installed",
-            fix=f"pip install 'graphwright[{name}]'",
-        ) from error
-    made: Exporter = module.EXPORTER
+    made: Exporter = _with_extra(f"{BACKENDS}.{name}.exporter", f"Format {name}", name).EXPORTER
     return made
+
+
+def _with_extra(module: str, what: str, extra: str) -> Any:
+    """Imports a module of ours that may need packages of an extra."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "graphwright":
+            raise  # A defect of ours: no package that a user could install helps.
+        raise BackendError(
+            f"{what} needs the package {error.name}, which is not installed",
+            fix=f"pip install 'graphwright[{extra}]'",
+        ) from error
 
 
 def _modules(package: str) -> list[str]:

@@ -28,7 +28,6 @@ from graphwright.serialize import set_attribute
 from graphwright.shapes import compute, mode_of
 from graphwright.text import op_name
 
-
 COLLECT_BYTES = 1 << 26
 """Weights that are replaced before Python is asked to look for what holds them in cycles."""
 

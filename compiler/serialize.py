@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, fx
 
 import graphwright.ops  # noqa: F401  (registers the semantic ops that a graph may name)
-from graphwright import shapes
-from graphwright.contract import DTYPES, Contract, dtype_name
+from graphwright.contract import DTYPES, dtype_name
 from graphwright.errors import ArtifactError
 
 PYTHON_FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -48,8 +47,8 @@ def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
     ]
 
 
-def graph_from_json(entries: list[dict[str, Any]], weights: Mapping[str, Tensor], contract: Contract) -> fx.GraphModule:
-    """Rebuilds the graph module over `weights` and recomputes the shapes of all nodes."""
+def graph_from_json(entries: list[dict[str, Any]], weights: Mapping[str, Tensor]) -> fx.GraphModule:
+    """Rebuilds the graph module over `weights`; it runs, and its nodes have no shapes yet."""
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     for entry in entries:
@@ -64,9 +63,7 @@ def graph_from_json(entries: list[dict[str, Any]], weights: Mapping[str, Tensor]
     for node in graph.nodes:
         if node.op == "get_attr":
             set_attribute(root, str(node.target), weights[str(node.target)])
-    module = fx.GraphModule(root, graph)
-    shapes.propagate(module, contract)
-    return module
+    return fx.GraphModule(root, graph)
 
 
 def set_attribute(module: torch.nn.Module, name: str, tensor: Tensor) -> None:

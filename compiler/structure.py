@@ -54,6 +54,8 @@ def embeddings(program: Program) -> list[tuple[fx.Node, fx.Node]]:
     found = []
     for node in program.calls(aten.embedding.default):
         table, index = node.args[0], node.args[1]
+        while isinstance(index, fx.Node) and index.target in (aten.view.default, aten.reshape.default):
+            index = index.args[0]
         is_token = isinstance(index, fx.Node) and index.op == "placeholder" and str(index.target) in tokens
         if is_token and isinstance(table, fx.Node) and table.op == "get_attr":
             found.append((node, table))

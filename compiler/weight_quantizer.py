@@ -54,9 +54,17 @@ class WeightQuantizer(Pass):
 
     kind = "approximate"
     requires = ("linear",)
-    after = ("merged_linear", "float_dtype", "folded")
-    provides = ("quantized",)
-    conflicts = ("quantized",)
+    after: ClassVar[tuple[str, ...]] = (
+        "merged_linear",
+        "float_dtype",
+        "folded",
+        "pruned",
+        "fewer_layers",
+        "low_rank",
+        "sparse",
+    )
+    provides: ClassVar[tuple[str, ...]] = ("quantized",)
+    conflicts: ClassVar[tuple[str, ...]] = ("quantized",)
     calibrated: ClassVar[bool] = False
     """Whether `solve` wants statistics of a layer's inputs."""
 
@@ -107,6 +115,9 @@ class WeightQuantizer(Pass):
     def error(self, weight: Tensor, quantized: Quantized, statistics: Any) -> float:
         """Relative error of one layer: of its weight, unless a method can tell that of its output."""
         return rounding.relative_weight_error(weight, quantized)
+
+    def compensate(self, editor: Editor, layer: Layer, quantized: Quantized, node: fx.Node) -> None:
+        """Adds what a method wants beside `node`, the quantized layer that took the place of `layer`."""
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Replaces every linear layer and token embedding that has a scheme.
@@ -161,7 +172,7 @@ class WeightQuantizer(Pass):
 
     def _walk(self, program: Program, context: Context, edit: "_Installation", layers: list[Layer]) -> None:
         """Solves layers in the order in which data reaches them, each behind the quantized ones before it."""
-        stages = _stages(program, layers)
+        stages = calibration.by_input(program, layers)
         batches = calibration.samples(program, context)
         edit.checkpoint = Checkpoint.of(self, program, batches, context)
 
@@ -189,7 +200,9 @@ class WeightQuantizer(Pass):
             except PassError as reason:
                 raise PassError(reason.problem, where=reason.where or layer.name, fix=reason.fix) from reason
             edit.keep(layer, done, error)
-        edit.linear(layer, done)
+        new = edit.linear(layer, done)
+        if not layer.head:
+            self.compensate(edit.editor, layer, done, new)
         return done
 
 
@@ -242,7 +255,7 @@ class IntegerQuantizer(WeightQuantizer):
         self, program: Program, context: Context, layers: list[Layer], widths: list[int]
     ) -> dict[str, list[allocation.Option]]:
         """Bytes and loss of every layer at every width, by weight name."""
-        stages = _stages(program, layers)
+        stages = calibration.by_input(program, layers)
         found: dict[str, list[allocation.Option]] = {}
 
         def visit(index: int, collected: calibration.Hessian) -> dict[fx.Node, Tensor]:
@@ -268,15 +281,6 @@ FRONTIER_POINTS = 100
 
 def _with_bits(scheme: Scheme, bits: int) -> Scheme:
     return LayerOptions(format=integer_format(bits)).apply(scheme) or scheme
-
-
-def _stages(program: Program, layers: list[Layer]) -> list[tuple[fx.Node, list[Layer]]]:
-    """Layers by the tensor that they read, in graph order of the tensors."""
-    readers: dict[fx.Node, list[Layer]] = {}
-    for layer in layers:
-        readers.setdefault(layer.node.args[0], []).append(layer)  # type: ignore[arg-type]
-    order = {node: place for place, node in enumerate(program.graph.nodes)}
-    return sorted(readers.items(), key=lambda entry: order[entry[0]])
 
 
 def integer_format(bits: int) -> FormatName:
@@ -364,14 +368,15 @@ class _Installation:
         if self.checkpoint is not None and not layer.head:
             self.checkpoint.save(layer.name, quantized, error)
 
-    def linear(self, layer: Layer, quantized: Quantized) -> None:
-        """Puts a quantized linear layer in the place of a plain one."""
+    def linear(self, layer: Layer, quantized: Quantized) -> fx.Node:
+        """Puts a quantized linear layer in the place of a plain one, and returns it."""
         node, scheme = layer.node, layer.scheme
         packed = self._nodes(node, layer.name, quantized)
         bias = node.args[2] if len(node.args) > 2 else None
         rest = (*packed, bias, scheme.format, quantized.group_size)
         new = self.editor.call(quantized_linear, node.args[0], *rest, before=node)
         self.editor.replace(node, new, layer.name)
+        return new
 
     def embedding(self, node: fx.Node, table: fx.Node, scheme: Scheme) -> None:
         """Puts a quantized embedding in the place of a plain one."""

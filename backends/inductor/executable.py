@@ -15,8 +15,9 @@ from torch import Tensor
 from graphwright.backends.inductor.lowerings import Form
 from graphwright.backends.inductor.regions import Plan
 from graphwright.backends.inductor.subgraph import Source
+from graphwright.calling import Arguments
 from graphwright.contract import Contract
-from graphwright.errors import ArtifactError, BackendError
+from graphwright.errors import ArtifactError
 
 ALIGNMENT = 64
 """Bytes; compiled code reads weights with aligned vector loads."""
@@ -78,17 +79,13 @@ class InductorExecutable:
 
     def __init__(self, schedule: Schedule, contract: Contract, weights: Mapping[str, Tensor], directory: Path) -> None:
         self._schedule = schedule
-        state = {spec.name for spec in contract.state}
-        self._inputs = [(n, schedule.inputs[n], n in state) for n in contract.names if n in schedule.inputs]
-        self._keys = next((spec.name for spec in contract.inputs if spec.role == "key_position"), "")
-        self._growing = [(s.name, s.shape.index("capacity")) for s in contract.state if "capacity" in s.shape][:1]
+        self._arguments = Arguments(contract)
+        self._inputs = [schedule.inputs.get(name) for name in contract.names]
         self._slots: list[Any] = [None] * schedule.slots
         for name, slot in schedule.weights.items():
             self._slots[slot] = _aligned(weights[name])
         self._kept = frozenset(schedule.weights.values())
         self._forms = {form: _load(schedule, form, directory) for form in schedule.forms}
-        roles = ("token", "logit_index")
-        self._single = [spec.name for spec in contract.inputs if spec.role in roles]
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Runs the form that fits the shapes of the inputs; state is written in place.
@@ -96,16 +93,11 @@ class InductorExecutable:
         Raises:
             BackendError: state that is not contiguous, or a cache with fewer slots than keys are asked for.
         """
-        self._check_capacity(tensors)
         slots = self._slots
-        for name, slot, is_state in self._inputs:
-            value = tensors[name]
-            if not value.is_contiguous():
-                if is_state:
-                    raise BackendError(f"State {name} is not contiguous, so it cannot be written in place")
-                value = value.contiguous()
-            slots[slot] = value
-        one = "decode" in self._forms and all(tensors[name].numel() == 1 for name in self._single)
+        for slot, value in zip(self._inputs, self._arguments(tensors), strict=True):
+            if slot is not None:
+                slots[slot] = value
+        one = "decode" in self._forms and self._arguments.one_token(tensors)
         for run, inputs, outputs, dead in self._forms["decode" if one else "general"]:
             for slot, value in zip(outputs, run([slots[i] for i in inputs]), strict=True):
                 slots[slot] = value
@@ -116,16 +108,6 @@ class InductorExecutable:
             if slot not in self._kept:
                 slots[slot] = None
         return results
-
-    def _check_capacity(self, tensors: Mapping[str, Tensor]) -> None:
-        """The compiled code reads the first `keys` slots without asking whether a cache has them."""
-        for name, axis in self._growing:
-            capacity, keys = tensors[name].shape[axis] - 1, tensors[self._keys].numel()
-            if keys > capacity:
-                raise BackendError(
-                    f"{self._keys} asks for {keys} slots and the caches hold {capacity} besides the scratch slot",
-                    fix="Allocate caches with a larger capacity",
-                )
 
 
 def library_name(form: Form, region: str) -> str:

@@ -78,7 +78,7 @@ class TritonBackend:
         require_gpu(target.name)
         store.read(directory, target.name)
         assert ops.OPS  # noqa: S101 - importing registers what the graph names
-        module = serialize.graph_from_json(json.loads((directory / GRAPH).read_text()), weights, contract)
+        module = serialize.graph_from_json(json.loads((directory / GRAPH).read_text()), weights)
         return TritonExecutable(module, contract, target.name, directory)
 
     def kernels(self, directory: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,9 @@ class Workers:
     def __exit__(self, *_error: object) -> None:
         for process in self._started:
             if process.stdin:
-                process.stdin.close()
+                # A worker that died leaves what it did not read.
+                with suppress(BrokenPipeError):
+                    process.stdin.close()
             process.wait()
             if process.stdout:
                 process.stdout.close()

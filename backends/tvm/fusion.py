@@ -15,7 +15,7 @@ from torch import fx
 from graphwright import ops
 from graphwright.backends.tvm.layout import tiled_float_linear, tiled_linear
 from graphwright.kernels.tir.functions import ACTIVATIONS
-from graphwright.kernels.tir.tiles import ROWS
+from graphwright.kernels.tir.tiles import ROWS, STEP
 from graphwright.program import Program
 
 aten = torch.ops.aten
@@ -41,13 +41,22 @@ class Fusion:
 
 
 def integer_product(node: Any) -> bool:
-    """Whether a node multiplies codes with codes: a tiled weight, and activations rounded to 8 bits per token."""
+    """Whether a node multiplies codes with codes: a tiled weight, and activations rounded to 8 bits at run time."""
     if not isinstance(node, fx.Node) or node.target is not tiled_linear.target:
         return False
     source = node.args[0]
     if not isinstance(source, fx.Node) or source.target is not ops.quantize_dequantize.target:
         return False
-    return source.args[1:] == (None, "int8", 0)
+    return codes_fit(source, str(node.args[5]), int(node.args[6]))
+
+
+def codes_fit(rounding: fx.Node, format: str, group_size: int) -> bool:
+    """Whether the kernels take these codes with such a weight: steps per token, or per part of its groups."""
+    shared = int(rounding.args[3])
+    if rounding.args[1:3] != (None, "int8"):
+        return False
+    width = int(rounding.meta["val"].shape[-1])
+    return shared == 0 or not (width % shared or group_size % shared or shared % STEP[format])
 
 
 def plan_fusion(program: Program) -> Fusion:

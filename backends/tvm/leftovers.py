@@ -124,11 +124,17 @@ def refusal(node: fx.Node) -> str:
     try:
         values = {source: _stand_in(source, sizes) for source in node.all_input_nodes}
         variables = [value for value in values.values() if isinstance(value, relax.Var)]
-        with builder.function("attempt", variables):
-            builder.emit_func_output(Leftovers(builder, values.__getitem__).convert(node))
     except BackendError as error:
         return error.problem
-    return ""
+    with builder.function("attempt", variables):
+        reason, made = "", relax.Tuple([])
+        try:
+            made = Leftovers(builder, values.__getitem__).convert(node)
+        except BackendError as error:
+            reason = error.problem
+        # A builder that is left in the middle of a function complains on the terminal.
+        builder.emit_func_output(made)
+    return reason
 
 
 def _stand_in(node: fx.Node, sizes: Sizes) -> Any:

@@ -5,6 +5,7 @@ from torch import Tensor, fx
 
 from graphwright import ops
 from graphwright.backend import Support
+from graphwright.backends.tvm.fusion import codes_fit
 from graphwright.backends.tvm.layout import fits, fractional, stored_float, tiled_linear
 from graphwright.backends.tvm.leftovers import converter_name, refusal
 from graphwright.backends.tvm.translate import KERNELS, VIEWS, constant_place
@@ -35,7 +36,7 @@ def _obstacle(node: fx.Node) -> str:
     if node.target is ops.attention.target:
         return "the attention kernels take no bias" if arguments(node)["bias"] is not None else ""
     if node.target is ops.quantize_dequantize.target:
-        return "" if _only_codes(node) else "only codes of 8 bits per token for quantized layers have kernels"
+        return "" if _only_codes(node) else "only 8-bit codes per token, or per part of a weight's group, have kernels"
     if node.target is aten.layer_norm.default:
         return "" if len(arguments(node)["normalized_shape"]) == 1 else "it normalises more than the last dimension"
     if node.target is aten.index.Tensor:
@@ -57,6 +58,11 @@ def _quantized_obstacle(node: fx.Node) -> str:
 
 
 def _only_codes(node: fx.Node) -> bool:
-    """Whether every reader of a rounding is a quantized linear layer over codes of 8 bits per token."""
+    """Whether every reader of a rounding is a quantized linear layer whose kernel takes its codes."""
     layers = (ops.quantized_linear.target, tiled_linear.target)
-    return node.args[1:] == (None, "int8", 0) and all(user.target in layers for user in node.users)
+    return all(
+        user.target in layers
+        and fits(str(user.args[5]), int(user.args[6]))
+        and codes_fit(node, str(user.args[5]), int(user.args[6]))
+        for user in node.users
+    )

@@ -47,6 +47,7 @@ from graphwright.kernels.tir.isa import Isa
 from graphwright.kernels.tir.linear import Linear
 from graphwright.kernels.tir.normalize import Norm, normalize
 from graphwright.kernels.tir.quantize import CodeRow, quantize
+from graphwright.kernels.tir.quantized_linear import code_row
 from graphwright.kernels.tir.quantized_linear import matrix as integer_matrix
 from graphwright.kernels.tir.quantized_linear import vector as integer_vector
 from graphwright.kernels.tir.tiles import ROWS
@@ -84,7 +85,7 @@ class Translator:
         self.builder, self.kernels = builder, kernels
         self.sizes = Sizes()
         self.values: dict[fx.Node, Any] = {}
-        self.codes: dict[tuple[fx.Node, int], relax.Expr] = {}
+        self.codes: dict[tuple[fx.Node, CodeRow], relax.Expr] = {}
         self.tables: dict[tuple[Any, ...], tuple[relax.Expr, relax.Expr]] = {}
         self.weights: dict[str, relax.Expr] = {}
         self.leftovers = Leftovers(builder, self._for_converter)
@@ -225,20 +226,20 @@ class Translator:
 
     # Integer products
 
-    def _codes(self, rounding: Any, group_size: int) -> relax.Expr:
-        """Rows of the codes that a rounding stands for, with sums per group of `group_size`."""
-        key = (rounding, group_size)
+    def _codes(self, rounding: Any, row: CodeRow) -> relax.Expr:
+        """Rows of the codes that a rounding stands for."""
+        key = (rounding, row)
         if key not in self.codes:
             norm = self.fusion.norm.get(rounding)
             source = self.rows((norm or rounding).args[0])
             shape = source.layout.shape
-            outputs = [((*shape[:-1], CodeRow(shape[-1], group_size).bytes), "int8")]
+            outputs = [((*shape[:-1], row.bytes), "int8")]
             if norm is None:
-                made = self.kernel(lambda s: quantize(s.layout(source.layout), group_size), [source.variable], outputs)
+                made = self.kernel(lambda s: quantize(s.layout(source.layout), row), [source.variable], outputs)
             else:
                 described, gains = self._norm(norm)
                 made = self.kernel(
-                    lambda s: normalize(described, s.layout(source.layout), group_size),
+                    lambda s: normalize(described, s.layout(source.layout), row),
                     [source.variable, *gains],
                     outputs,
                 )
@@ -263,7 +264,8 @@ class Translator:
         shape = (*shape_of(node.meta["val"], self.fixed)[:-1], layer.width)
         one = all(size == 1 for size in shape[:-1])
         if integer_product(node):
-            first = self._codes(node.args[0], layer.group_size)
+            layer = replace(layer, code_group=int(node.args[0].args[3]))
+            first = self._codes(node.args[0], code_row(layer))
             build = partial(integer_vector if one else integer_matrix, layer, self.isa)
         else:
             first = self.dense(node.args[0])

@@ -14,6 +14,7 @@ from graphwright.ops.quantized_embedding import quantized_embedding
 from graphwright.ops.quantized_linear import quantized_linear
 from graphwright.ops.rms_norm import rms_norm
 from graphwright.ops.rope import rope
+from graphwright.ops.sparse_linear import sparse_linear
 
 __all__ = [
     "attention",
@@ -26,4 +27,5 @@ __all__ = [
     "quantized_linear",
     "rms_norm",
     "rope",
+    "sparse_linear",
 ]

@@ -32,6 +32,7 @@ class Linear:
         bias: one is added.
         residual: a tensor of the output's shape is added.
         activation: the weight is gate and up, merged; the output is activation(gate) * up. Empty: none.
+        code_group: activation codes that share a step along K, which divides `group_size` and K; 0 for whole rows.
     """
 
     outputs: int
@@ -43,6 +44,7 @@ class Linear:
     bias: bool = False
     residual: bool = False
     activation: str = ""
+    code_group: int = 0
 
     @property
     def groups(self) -> int:

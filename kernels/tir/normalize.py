@@ -36,14 +36,14 @@ class Norm:
     unit_offset: bool = False
 
 
-def normalize(norm: Norm, layout: Layout, group_size: int | None = None) -> tirx.PrimFunc:
-    """The kernel over rows of `layout`; with a `group_size` it puts out rows of codes instead of floats."""
+def normalize(norm: Norm, layout: Layout, described: CodeRow | None = None) -> tirx.PrimFunc:
+    """The kernel over rows of `layout`; puts out rows of codes, where they are described, instead of floats."""
     width = layout.shape[-1]
     with kernel(f"{norm.kind}_norm") as k:
         x = k.read("x", layout.base, "float32")
         weight = k.read("weight", (width,), "float32") if norm.weight else None
         bias = k.read("bias", (width,), "float32") if norm.bias else None
-        codes = CodeBuffers(k, layout.shape[:-1], CodeRow(width, group_size)) if group_size else None
+        codes = CodeBuffers(k, layout.shape[:-1], described) if described else None
         out = None if codes else k.write("out", layout.shape, "float32")
         k.begin()
         if codes:

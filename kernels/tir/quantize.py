@@ -1,4 +1,4 @@
-"""Activations to 8-bit codes: a scale per token, and the sums of codes that zero points of a weight need."""
+"""Activations to 8-bit codes: a step per token or group, and the sums of codes that zero points of a weight need."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -34,15 +34,17 @@ Values = Callable[[Any, int], Any]
 
 @dataclass(frozen=True)
 class CodeRow:
-    """One row of codes as bytes: codes int8 [G * group_size], their sums per group int32 [G], the step float32.
+    """One row of codes as bytes: codes int8 [G * group_size], their sums per group int32 [G], steps float32 [1 or G].
 
     Attributes:
         width: activations in the row.
-        group_size: of the weight that reads them.
+        group_size: activations that share a sum; those of the weight that reads them, or that share a step.
+        grouped: every group has a step of its own, else the row has one.
     """
 
     width: int
     group_size: int
+    grouped: bool = False
 
     @property
     def groups(self) -> int:
@@ -61,13 +63,18 @@ class CodeRow:
 
     @property
     def step(self) -> int:
-        """Offset of the step, in words."""
+        """Offset of the first step, in words."""
         return self.sums + self.groups
+
+    @property
+    def steps(self) -> int:
+        """Steps of a row."""
+        return self.groups if self.grouped else 1
 
     @property
     def bytes(self) -> int:
         """Bytes of a row, a multiple of 64."""
-        return -(-(self.step + 1) * 4 // 64) * 64
+        return -(-(self.step + self.steps) * 4 // 64) * 64
 
 
 class CodeBuffers:
@@ -90,16 +97,16 @@ class CodeBuffers:
         """The sum of a group's codes."""
         return self.words[row * (self.row.bytes // 4) + self.row.sums + group]
 
-    def step(self, row: Any) -> Any:
-        """The step of a row."""
-        return self.floats[row * (self.row.bytes // 4) + self.row.step]
+    def step(self, row: Any, group: Any = 0) -> Any:
+        """The step of a row, or of a group of it."""
+        return self.floats[row * (self.row.bytes // 4) + self.row.step + group]
 
 
-def quantize(layout: Layout, group_size: int) -> tirx.PrimFunc:
+def quantize(layout: Layout, described: CodeRow) -> tirx.PrimFunc:
     """The kernel that quantizes rows of a float32 tensor whose last dimension is contiguous."""
     with kernel("quantize") as k:
         x = k.read("x", layout.base, "float32")
-        out = CodeBuffers(k, layout.shape[:-1], CodeRow(layout.shape[-1], group_size))
+        out = CodeBuffers(k, layout.shape[:-1], described)
         k.begin()
         out.begin()
         with parallel(layout.rows) as row:
@@ -109,26 +116,35 @@ def quantize(layout: Layout, group_size: int) -> tirx.PrimFunc:
 
 
 def quantize_row(values: Values, out: CodeBuffers, row: Any) -> None:
-    """Writes codes, sums and step of one row."""
+    """Writes codes, sums and steps of one row."""
     shape = out.row
     lanes = widest(math.gcd(shape.width, shape.group_size))
-    largest = let(_largest(values, shape.width) / tirx.const(LARGEST, "float32"))
-    step = let(T.max(largest, tirx.const(SMALLEST_STEP, "float32")))
-    words = let(row * (shape.bytes // 4))
-    out.floats.put(words + shape.step, step, 1)
-    whole = shape.width // shape.group_size
-    with loop(whole) as group:
-        _quantize_group(values, out, row, words, group, shape.group_size // lanes, step, lanes)
-    if whole < shape.groups:
-        rest = shape.width - whole * shape.group_size
-        _quantize_group(values, out, row, words, whole, rest // lanes, step, lanes)
+    common = None if shape.grouped else _step(values, out, row, 0, 0, shape.width)
+    whole, rest = divmod(shape.width, shape.group_size)
+
+    def write(group: Any, width: int) -> None:
+        step = common
+        if step is None:
+            step = _step(values, out, row, group, group * shape.group_size, width)
+        _quantize_group(values, out, row, group, width // lanes, step, lanes)
+
+    with loop(whole) as number:
+        write(number, shape.group_size)
+    if rest:
+        write(whole, rest)
         for at in range(shape.width, shape.padded):
             out.codes.put(row * shape.bytes + at, tirx.const(0, "int8"), 1)
 
 
-def _quantize_group(
-    values: Values, out: CodeBuffers, row: Any, words: Any, group: Any, count: int, step: Any, lanes: int
-) -> None:
+def _step(values: Values, out: CodeBuffers, row: Any, number: Any, first: Any, width: int) -> Any:
+    """The step of `width` values from `first` on, stored as the row's step `number`."""
+    largest = _largest(lambda at, lanes: values(first + at, lanes), width)
+    step = let(T.max(largest / tirx.const(LARGEST, "float32"), tirx.const(SMALLEST_STEP, "float32")))
+    out.floats.put(row * (out.row.bytes // 4) + out.row.step + number, step, 1)
+    return step
+
+
+def _quantize_group(values: Values, out: CodeBuffers, row: Any, group: Any, count: int, step: Any, lanes: int) -> None:
     total = local(lanes, "int32")
     total.put(0, integer(0, lanes), lanes)
     with loop(count) as i:
@@ -139,7 +155,7 @@ def _quantize_group(
     summed = total.vec(0, lanes)
     if lanes > 1:
         summed = tirx.call_llvm_pure_intrin("int32", f"llvm.vector.reduce.add.v{lanes}i32", summed)
-    out.words.put(words + out.row.sums + group, summed, 1)
+    out.words.put(row * (out.row.bytes // 4) + out.row.sums + group, summed, 1)
 
 
 def _codes(value: Any, step: Any, lanes: int) -> Any:

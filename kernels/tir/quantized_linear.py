@@ -1,7 +1,8 @@
-"""Low-bit weights times 8-bit activations: y = step * sum over groups of scale * (codes · weight - zero * sum(codes)).
+"""Low-bit weights times 8-bit activations: y = sum over groups of step * scale * (codes · weight - zero * sum(codes)).
 
-One row (`vector`): every thread streams its share of the weight tiles once, unpacking in registers. Many rows
-(`matrix`): a thread unpacks two tiles into its cache, then multiplies them with all rows, four at a time.
+One row (`vector`), or the few of a batched decode step: every thread streams its share of the weight tiles once,
+unpacking in registers. Many rows (`matrix`): a thread unpacks two tiles into its cache, then multiplies them with all
+rows, four at a time.
 """
 
 from collections.abc import Sequence
@@ -39,29 +40,55 @@ def vector(layer: Linear, isa: Isa, lead: Sequence[Index]) -> tirx.PrimFunc:
     """The kernel for one row; `lead` are the leading dimensions of the activations, all 1."""
     with kernel("quantized_linear_vector") as k:
         b = _Buffers(k, layer, lead)
-        with parallel(layer.width // ROWS if layer.activation else layer.tiles) as tile:
-            chosen = [tile, tile + layer.tiles // 2] if layer.activation else [tile]
-            totals = [_one_row(b, isa, t) for t in chosen]
-            b.epilogue.finish(0, chosen, totals, isa.lanes, let(b.codes.step(0)))
+        with parallel(b.streams) as tile:
+            _stream(b, isa, tile, [0])
     return k.function
 
 
 def matrix(layer: Linear, isa: Isa, lead: Sequence[Index]) -> tirx.PrimFunc:
     """The kernel for any number of rows."""
     rows = product(lead)
+    few = 8 if isa.lanes == ROWS else 4
     with kernel("quantized_linear_matrix") as k:
         b = _Buffers(k, layer, lead)
-        with parallel(layer.columns * let(ceil_div(rows, ROWS_PER_TASK))) as task:
-            chosen = layer.tiles_of(let(task % layer.columns))
-            unpacked = [_unpacked(b, isa, t) for t in chosen]
-            first = let(task // layer.columns * ROWS_PER_TASK)
-            with loop(ceil_div(minimum(rows - first, tirx.const(ROWS_PER_TASK, "int64")), ROW_BLOCK)) as block:
-                # Rows beyond the last are computed as the last one again, and store the same values.
-                at = [let(minimum(first + block * ROW_BLOCK + i, rows - 1)) for i in range(ROW_BLOCK)]
-                totals = _row_block(b, isa, at, chosen, unpacked)
-                for row, line in zip(at, totals, strict=True):
-                    b.epilogue.finish(row, chosen, line, isa.lanes, let(b.codes.step(row)))
+        with T.If(rows <= few):
+            with T.Then(), parallel(b.streams) as tile:
+                _stream(b, isa, tile, _clamped(0, few, rows))
+            with T.Else():
+                _multiply(b, isa, rows)
     return k.function
+
+
+def code_row(layer: Linear) -> CodeRow:
+    """The rows of codes that a layer reads."""
+    return CodeRow(layer.inputs, layer.code_group or layer.group_size, grouped=bool(layer.code_group))
+
+
+def _clamped(first: Any, count: int, rows: Any) -> list[Any]:
+    """Row numbers; rows beyond the last are computed as the last one again, and store the same values."""
+    return [let(minimum(first + i, rows - 1)) for i in range(count)]
+
+
+def _stream(b: "_Buffers", isa: Isa, tile: Any, rows: list[Any]) -> None:
+    """Some rows times one tile, or a gate and its up."""
+    chosen = [tile, let(tile + b.layer.tiles // 2)] if b.layer.activation else [tile]
+    totals = [_streamed(b, isa, t, rows) for t in chosen]
+    for row, line in zip(rows, zip(*totals, strict=True), strict=True):
+        b.finish(row, chosen, list(line), isa.lanes)
+
+
+def _multiply(b: "_Buffers", isa: Isa, rows: Any) -> None:
+    """Any number of rows times the whole weight."""
+    columns = b.layer.columns
+    with parallel(columns * let(ceil_div(rows, ROWS_PER_TASK))) as task:
+        chosen = b.layer.tiles_of(let(task % columns))
+        unpacked = [_unpacked(b, isa, t) for t in chosen]
+        first = let(task // columns * ROWS_PER_TASK)
+        with loop(ceil_div(minimum(rows - first, tirx.const(ROWS_PER_TASK, "int64")), ROW_BLOCK)) as block:
+            at = _clamped(first + block * ROW_BLOCK, ROW_BLOCK, rows)
+            totals = _row_block(b, isa, at, chosen, unpacked)
+            for row, line in zip(at, totals, strict=True):
+                b.finish(row, chosen, line, isa.lanes)
 
 
 class _Buffers:
@@ -69,35 +96,69 @@ class _Buffers:
 
     def __init__(self, k: Kernel, layer: Linear, lead: Sequence[Index]) -> None:
         self.layer = layer
-        self.codes = CodeBuffers(k, lead, CodeRow(layer.inputs, layer.group_size))
+        self.codes = CodeBuffers(k, lead, code_row(layer))
         self.weight = Weight(k, layer)
         self.epilogue = Epilogue(k, layer, lead)
-        self.quads = layer.group_size // 4
+        self.grouped = self.codes.row.grouped
+        # Weights and codes are walked in the smaller of their groups.
+        self.span = self.codes.row.group_size
+        self.spans = ceil_div(layer.inputs, self.span) if self.grouped else layer.groups
+        self.quads = self.span // 4
+        self.vectors = self.span // STEP[layer.format]
+        self.tile_vectors = layer.groups * layer.vectors
+        self.streams = layer.width // ROWS if layer.activation else layer.tiles
         k.begin()
         self.codes.begin()
 
+    def group(self, tile: Any, span: Any) -> Any:
+        """The number of the weight's group that holds a span."""
+        layer = self.layer
+        return tile * layer.groups + (span * self.span // layer.group_size if self.grouped else span)
 
-def _one_row(b: _Buffers, isa: Isa, tile: Any) -> Flat:
-    """Sums of one tile for the only row, before the activation's scale."""
+    def finish(self, row: Any, tiles: list[Any], totals: list[Flat], lanes: int) -> None:
+        """Ends a row; a step of the whole row is applied here."""
+        self.epilogue.finish(row, tiles, totals, lanes, None if self.grouped else let(self.codes.step(row)))
+
+    def scaled(self, sums: Any, scale: Any, row: Any, span: Any, lanes: int) -> Any:
+        """Integer sums of a span as floats, with the weight's scale, and the step where spans have their own."""
+        factor = scale * splat(self.codes.step(row, span), lanes) if self.grouped else scale
+        return floats(sums, lanes) * factor
+
+
+def _streamed(b: _Buffers, isa: Isa, tile: Any, rows: list[Any]) -> list[Flat]:
+    """Sums of one tile for each of some rows, before the activations' scales."""
     layer, lanes = b.layer, isa.lanes
-    total, sums = local(ROWS, "float32"), local(2 * ROWS, "int32")
-    clear(total, ROWS, "float32", lanes)
-    with loop(layer.groups) as group:
-        at = let(tile * layer.groups + group)
+    # A single row has two sums, or every product would wait for the one before it.
+    chains = 2 if len(rows) == 1 else 1
+    totals = [local(ROWS, "float32") for _ in rows]
+    sums = [local(chains * ROWS, "int32") for _ in rows]
+    for total in totals:
+        clear(total, ROWS, "float32", lanes)
+    with loop(b.spans) as span:
+        at = let(b.group(tile, span))
         for lane in range(0, ROWS, lanes):
-            sums.put(lane, _start(b, isa, at, lane, b.codes.sum(0, group)), lanes)
-            sums.put(ROWS + lane, zeros("int32", lanes), lanes)
-        with loop(layer.vectors) if layer.vectors > 16 else T.unroll(0, layer.vectors) as v:
+            for row, line in zip(rows, sums, strict=True):
+                line.put(lane, _start(b, isa, at, lane, b.codes.sum(row, span)), lanes)
+                if chains == 2:
+                    line.put(ROWS + lane, zeros("int32", lanes), lanes)
+        with loop(b.vectors) if b.vectors > 16 else T.unroll(0, b.vectors) as v:
+            vector_ = tile * b.tile_vectors + span * b.vectors + v
             for lane in range(0, ROWS, lanes):
-                stored = let(b.weight.stored.vec((at * layer.vectors + v) * 4 * ROWS + 4 * lane, 4 * lanes))
+                stored = let(b.weight.stored.vec((vector_ * ROWS + lane) * 4, 4 * lanes))
                 for half, weights in enumerate(_nibbles(layer, isa, stored, lanes)):
-                    code = b.codes.quad(0, group * b.quads + v * (STEP[layer.format] // 4) + half)
-                    place = half * ROWS + lane
-                    sums.put(place, isa.dot(sums.vec(place, lanes), weights, code, lanes), lanes)
+                    weights = let(weights)
+                    quad = span * b.quads + v * (STEP[layer.format] // 4) + half
+                    place = half % chains * ROWS + lane
+                    for row, line in zip(rows, sums, strict=True):
+                        code = b.codes.quad(row, quad)
+                        line.put(place, isa.dot(line.vec(place, lanes), weights, code, lanes), lanes)
         for lane in range(0, ROWS, lanes):
-            both = sums.vec(lane, lanes) + sums.vec(ROWS + lane, lanes)
-            total.put(lane, total.vec(lane, lanes) + floats(both, lanes) * b.weight.scale(at, lane, lanes), lanes)
-    return total
+            scale = let(b.weight.scale(at, lane, lanes))
+            for row, total, line in zip(rows, totals, sums, strict=True):
+                parts = [line.vec(chain * ROWS + lane, lanes) for chain in range(chains)]
+                value = b.scaled(sum(parts[1:], parts[0]), scale, row, span, lanes)
+                total.put(lane, total.vec(lane, lanes) + value, lanes)
+    return totals
 
 
 def _unpacked(b: _Buffers, isa: Isa, tile: Any) -> Flat:
@@ -105,7 +166,7 @@ def _unpacked(b: _Buffers, isa: Isa, tile: Any) -> Flat:
     layer = b.layer
     if layer.format == "int8":
         return b.weight.stored
-    vectors = layer.groups * layer.vectors
+    vectors = b.tile_vectors
     bytes_ = local(vectors * 2 * 4 * ROWS, "uint8")
     with loop(vectors) as v:
         for lane in range(0, ROWS, isa.lanes):
@@ -117,20 +178,20 @@ def _unpacked(b: _Buffers, isa: Isa, tile: Any) -> Flat:
 
 def _row_block(b: _Buffers, isa: Isa, rows: list[Any], tiles: list[Any], weights: list[Flat]) -> list[list[Flat]]:
     """Sums [row][tile], before the activations' scales."""
-    layer, lanes = b.layer, isa.lanes
+    lanes = isa.lanes
     totals = [[local(ROWS, "float32") for _ in tiles] for _ in rows]
     sums = [[local(ROWS, "int32") for _ in tiles] for _ in rows]
     for line in totals:
         for total in line:
             clear(total, ROWS, "float32", lanes)
-    with loop(layer.groups) as group:
+    with loop(b.spans) as span:
         for i, row in enumerate(rows):
             for j, tile in enumerate(tiles):
                 for lane in range(0, ROWS, lanes):
-                    at = tile * layer.groups + group
-                    sums[i][j].put(lane, _start(b, isa, at, lane, b.codes.sum(row, group)), lanes)
+                    start = _start(b, isa, b.group(tile, span), lane, b.codes.sum(row, span))
+                    sums[i][j].put(lane, start, lanes)
         with loop(b.quads) if b.quads > 16 else T.unroll(0, b.quads) as quad:
-            place = let(group * b.quads + quad)
+            place = let(span * b.quads + quad)
             for lane in range(0, ROWS, lanes):
                 loaded = [let(_bytes(b, isa, w, t, place, lane)) for w, t in zip(weights, tiles, strict=True)]
                 for i, row in enumerate(rows):
@@ -139,16 +200,17 @@ def _row_block(b: _Buffers, isa: Isa, rows: list[Any], tiles: list[Any], weights
                         sums[i][j].put(lane, isa.dot(sums[i][j].vec(lane, lanes), weight, code, lanes), lanes)
         for j, tile in enumerate(tiles):
             for lane in range(0, ROWS, lanes):
-                scale = let(b.weight.scale(tile * layer.groups + group, lane, lanes))
-                for i in range(len(rows)):
+                scale = let(b.weight.scale(b.group(tile, span), lane, lanes))
+                for i, row in enumerate(rows):
                     total = totals[i][j]
-                    total.put(lane, total.vec(lane, lanes) + floats(sums[i][j].vec(lane, lanes), lanes) * scale, lanes)
+                    value = b.scaled(sums[i][j].vec(lane, lanes), scale, row, span, lanes)
+                    total.put(lane, total.vec(lane, lanes) + value, lanes)
     return totals
 
 
 def _bytes(b: _Buffers, isa: Isa, weights: Flat, tile: Any, place: Any, lane: int) -> Any:
     stored_as_bytes = weights is b.weight.stored
-    start = tile * (b.layer.groups * b.quads) + place if stored_as_bytes else place
+    start = tile * (b.layer.groups * b.layer.group_size // 4) + place if stored_as_bytes else place
     loaded = weights.vec(start * 4 * ROWS + 4 * lane, 4 * isa.lanes)
     return _flipped(isa, loaded, isa.lanes) if stored_as_bytes else loaded
 

@@ -1,9 +1,9 @@
 """Products with weights of which two in four are kept: half the bytes travel, and zeros are filled in on the chip.
 
-Mishra et al. 2021, arXiv:2104.08378, for the pattern. A group of four weights along K is two values and one byte, the
-place of the first in bits 0 and 1 and of the second in bits 2 and 3. First and second values lie in planes of their
-own, and four products run over the columns of equal place, so weights load in contiguous runs. Few rows are bound by
-the bytes of the weight, which is what this saves; dense instructions multiply, so many rows gain nothing.
+Mishra et al. 2021, arXiv:2104.08378, for the pattern; `graphwright.sparsity` for the layout. First and second values
+lie in planes of their own, and four products run over the columns of equal place, so weights load in contiguous runs.
+Few rows are bound by the bytes of the weight, which is what this saves; dense instructions multiply, so many rows gain
+nothing.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,6 +26,7 @@ from graphwright.kernels.triton.launch import (
     meta,
     rows_of,
 )
+from graphwright.sparsity import expand
 
 
 @triton.jit
@@ -61,30 +62,9 @@ def sparse_gemm(
     tl.store(target, total.to(out_ptr.dtype.element_ty), mask=stored)
 
 
-def compress(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Values [N, 2, K / 4] and places uint8 [N, K / 4] of a weight [N, K] with at most two non-zeros in every four.
-
-    Raises:
-        BackendError: K is no multiple of four, or a group has more than two non-zeros.
-    """
-    if weight.shape[1] % 4:
-        raise BackendError(f"Rows of {weight.shape[1]} are not made of groups of four")
-    grouped = weight.unflatten(-1, (-1, 4))
-    if ((grouped != 0).sum(-1) > 2).any():
-        raise BackendError("A group of four weights has more than two non-zeros", fix="Prune the weight to 2:4 first")
-    # The two largest, in the order of their places; zeros fill up groups that have fewer.
-    places = grouped.abs().topk(2, dim=-1).indices.sort(-1).values
-    values = grouped.gather(-1, places).movedim(-1, 1).contiguous()
-    return values, (places[..., 0] | (places[..., 1] << 2)).to(torch.uint8)
-
-
 def linear_reference(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None) -> Tensor:
     """The same over the dense weight."""
-    dense = values.new_zeros(*places.shape, 4)
-    code = places.long()
-    dense.scatter_(-1, (code & 3)[..., None], values[:, 0, :, None])
-    dense.scatter_add_(-1, (code >> 2)[..., None], values[:, 1, :, None])
-    return torch.nn.functional.linear(x, dense.flatten(1), bias)
+    return torch.nn.functional.linear(x, expand(values, places), bias)
 
 
 def linear(run: Runner, x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None) -> Tensor:

@@ -28,7 +28,7 @@ class MergeLinear(Pass):
     name = "merge_linear"
     kind = "exact"
     requires = ("linear",)
-    after = ("float_dtype", "rope", "attention", "gated_activation")
+    after = ("float_dtype", "rope", "attention", "gated_activation", "pruned", "fewer_layers")
     provides = ("merged_linear",)
 
     def run(self, program: Program, context: Context) -> PassResult:

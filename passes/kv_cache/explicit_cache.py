@@ -43,7 +43,7 @@ class ExplicitCache(Pass):
     paper = Paper("Efficiently Scaling Transformer Inference", "Pope et al.", 2022, "2211.05102")
     requires = ("attention", "mask", "grouped_heads", "rope")
     provides = ("explicit_kv_cache",)
-    after = ("float_dtype", "merged_linear", "quantized", "quantized_activations")
+    after = ("float_dtype", "merged_linear", "pruned", "fewer_layers", "quantized", "quantized_activations")
     conflicts = ("kv_cache", "explicit_kv_cache", "selected_logits")
 
     def run(self, program: Program, context: Context) -> PassResult:

@@ -22,6 +22,8 @@ class Hqq(IntegerQuantizer):
 
     name = "hqq"
     paper = Paper("Half-Quadratic Quantization of Large Machine Learning Models", "Badri and Shaji", 2023)
+    # Zero is no code of a grid with fractional zero points, so a pruned weight would not stay pruned.
+    conflicts = (*IntegerQuantizer.conflicts, "sparse")
 
     norm: float = Field(0.7, gt=0, lt=1, description="p of the norm of the weight error")
     strength: float = Field(10.0, gt=0, description="initial weight of the quadratic penalty")

@@ -5,8 +5,10 @@
 Weights of this model lie on a 4-bit grid of blocks of 32, so groups of 64, 128 and whole rows are measured. Bytes are
 those of all weights; head and embedding have 8 bits in every quantized program. Peak memory is that of the process
 that rewrites and scores, which holds the original too. Layer error is the mean relative error over linear layers:
-of their outputs for gptq and awq, of their weights for the others. The methods under `outliers` start from a model
-whose norms were made to amplify a few channels by 64, with the layers behind them rescaled to match: the same function.
+of their outputs for methods that see them (gptq, awq, wanda, sparsegpt, asvd, svd_llm), of their weights for others.
+The methods under `outliers` start from a model whose norms were made to amplify a few channels by 64, with the layers
+behind them rescaled to match: the same function. Programs are measured as captured, but for the merged linear layers;
+those of `structured` are merged after the cut.
 """
 
 import argparse
@@ -67,6 +69,26 @@ def methods() -> dict[str, list[Any]]:
         found[f"rtn w4a{bits}"] = [{"rtn": {}}, act]
         found[f"gptq w4a{bits}"] = [{"gptq": {}}, act]
         found[f"quarot + gptq w4a{bits}"] = ["quarot", {"gptq": {}}, act]
+    for pattern in ("unstructured", "2:4"):
+        for name in ("magnitude", "wanda", "sparsegpt"):
+            found[f"sparse {pattern} {name}"] = [{name: {"pattern": pattern}}]
+        joint = {"sparse_gptq": {"pattern": pattern}}
+        found[f"sparse {pattern} wanda + rtn int4"] = [{"wanda": {"pattern": pattern}}, "rtn"]
+        found[f"sparse {pattern} wanda + gptq int4"] = [{"wanda": {"pattern": pattern}}, "gptq"]
+        found[f"sparse {pattern} sparsegpt with gptq int4"] = [joint]
+    for removed in (20, 40):
+        for name in ("svd", "asvd", "svd_llm"):
+            found[f"low rank {removed} % {name}"] = [{name: {"ratio": removed / 100}}]
+        whole = {"ratio": removed / 100, "allocation": "global"}
+        found[f"low rank {removed} % svd_llm, ranks per layer"] = [{"svd_llm": whole}]
+    for removed in (10, 30):
+        options = {"ratio": removed / 100}
+        for score in ("magnitude", "wanda", "taylor"):
+            found[f"structured channels {removed} % {score}"] = [{"prune_channels": {**options, "score": score}}]
+    for count in (3, 6):
+        found[f"structured layers, {count} dropped"] = [{"drop_layers": {"count": count}}]
+    for turns in (1, 5):
+        found[f"compensated int3 rank 16, {turns} turns"] = [{"loftq": {"bits": 3, "turns": turns}}]
     for label in ("w8a8 dynamic", "w8a8 static", "smoothquant w8a8 dynamic", "smoothquant w8a8 static", "llm_int8"):
         found[f"outliers: {label}"] = found[label]
     return found
@@ -105,6 +127,8 @@ def prepare(folder: Path) -> None:
     source = open_model(demo_model())
     shutil.copytree(source.tokenizer_directory, folder / "tokenizer")
     captured = capture(source.model)
+    (folder / "captured").mkdir()
+    captured.save(folder / "captured")
     program = rewrite(captured, Recipe.load({"passes": ["merge_linear"]}), CPU, CompileOptions(verify=False))
     (folder / "plain").mkdir()
     program.save(folder / "plain")
@@ -136,7 +160,8 @@ def measure(label: str, folder: str, arguments: argparse.Namespace) -> dict[str,
     )
     samples = calibration.from_text(tokenizer, None, arguments.samples, arguments.length)
     plain = Program.load(Path(folder) / "plain")
-    start = Program.load(Path(folder) / ("outliers" if label.startswith("outliers") else "plain"))
+    begin = {"outliers": "outliers", "structured": "captured"}.get(re.split("[: ]", label)[0], "plain")
+    start = Program.load(Path(folder) / begin)
     options = CompileOptions(verify=False, calibration=tuple(samples))
     began = time.perf_counter()
     program = rewrite(start, Recipe.load({"passes": methods()[label]}), CPU, options)

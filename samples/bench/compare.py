@@ -3,8 +3,8 @@
     python samples/bench/compare.py smollm2-fp32 smollm2-int8 smollm2-int4-dynamic --rounds 5 --gguf smollm2-q4_0.gguf
 
 Arguments are artifact directories; the peers are eager Hugging Face, torch.compile with a static cache, and llama.cpp
-on the GGUF files given. The last column is the share of the memory bandwidth, measured in the same run, that reading
-all weights once per token would need.
+and OpenVINO GenAI on the GGUF files given. Beside the speed stand the share of the memory bandwidth, measured in the
+same run, that reading all weights once per token needs, and the accuracy on held-out text of whoever gives logits.
 """
 
 import argparse
@@ -17,21 +17,40 @@ from rich.console import Console
 from rich.table import Table
 
 import graphwright
+from graphwright import accuracy
+from graphwright.engine.tokenizer import Tokenizer
 from graphwright.sources import demo_model, open_model
 
 # PYTHONSAFEPATH keeps a script's own folder off the path; this one is wanted.
 sys.path.append(str(Path(__file__).parent))
-from peers import HuggingFace, LlamaCpp, Peer, TorchCompile, interleaved, read_bandwidth
+from peers import HuggingFace, LlamaCpp, OpenVino, Peer, TorchCompile, interleaved, read_bandwidth
+
+
+def accuracies(peers: list[Peer], tokenizer: Tokenizer, count: int) -> dict[str, dict[str, float]]:
+    """Perplexity, divergence from the first peer and greedy agreement with it, on held-out text."""
+    windows = accuracy.token_windows(tokenizer.encode(accuracy.built_in_text(held_out=True)), 256, count)
+    found = {}
+    with torch.no_grad():
+        for peer in peers:
+            if peer.logits is not None:
+                score = accuracy.measure(peer.logits, windows, reference=peers[0].logits)
+                found[peer.name] = {
+                    "perplexity": round(score.perplexity, 3),
+                    "KL": round(score.mean_kl or 0.0, 4),
+                    "same token": round(score.greedy_agreement or 0.0, 3),
+                }
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("artifacts", nargs="+", type=Path)
-    parser.add_argument("--gguf", type=Path, action="append", default=[], help="a file for llama.cpp")
+    parser.add_argument("--gguf", type=Path, action="append", default=[], help="a file for llama.cpp and OpenVINO")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--windows", type=int, default=6, help="of 256 tokens, for perplexity")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -39,7 +58,7 @@ def main() -> None:
     model = open_model(demo_model()).model
     peers: list[Peer] = [HuggingFace(model), TorchCompile(model)]
     peers += [Peer.of_artifact(path.name, graphwright.load(path)) for path in arguments.artifacts]
-    peers += [LlamaCpp(path) for path in arguments.gguf]
+    peers += [kind(path) for path in arguments.gguf for kind in (LlamaCpp, OpenVino)]
     bandwidth = read_bandwidth()
     timings = interleaved(
         peers,
@@ -49,6 +68,7 @@ def main() -> None:
         progress=console.print,
     )
     eager = timings[peers[0].name]
+    scores = accuracies(peers, Tokenizer(arguments.artifacts[0] / "tokenizer"), arguments.windows)
     rows = [
         {
             "peer": peer.name,
@@ -58,6 +78,7 @@ def main() -> None:
             "prefill x eager": round(timings[peer.name].prefill / eager.prefill, 2),
             "weights MB": round(peer.weight_bytes / 1e6, 1),
             "% of bandwidth": round(100 * peer.weight_bytes * timings[peer.name].decode / bandwidth),
+            **scores.get(peer.name, {"perplexity": "", "KL": "", "same token": ""}),
         }
         for peer in peers
     ]

@@ -1,19 +1,22 @@
 """Peers to measure against in one process, taking turns: eager Hugging Face, torch.compile with a static cache, us.
 
-Every peer offers the same two things: a prefill of some tokens, and one decode step at a position. `interleaved` runs
-them round by round, so that a slow minute of the machine hits all of them alike, and reports medians.
+Every peer is timed at the same two things: the prefill of a prompt, and decode steps behind a shorter one.
+`interleaved` runs them round by round, so that a slow minute of the machine hits all of them alike.
 """
 
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import StaticCache
 
+from graphwright.accuracy import Logits
 from graphwright.compiled import Compiled
 from graphwright.speed import Stepper
 
@@ -39,21 +42,47 @@ class Timing:
         return statistics.median(self.decode_samples)
 
 
+Step = Callable[[int, int], None]
+"""`step(start, end)` feeds tokens start … end-1 on top of what the cache holds."""
+
+Round = Callable[[int, int], tuple[float, list[float]]]
+"""(prompt tokens, new tokens) -> seconds of the prefill, and of each decode step behind `CONTEXT` tokens."""
+
+
 @dataclass
 class Peer:
-    """Somebody to time. `step(start, end)` feeds tokens start … end-1 on top of what the cache holds."""
+    """Somebody to time."""
 
     name: str
     weight_bytes: int
-    make: Callable[[int], Callable[[int, int], None]]
-    """From a capacity to a `step`."""
+    make: Callable[[int], Round]
+    """From a capacity to what times one round."""
+    logits: Logits | None = None
+    """Token ids [1, S] to logits [1, S, vocabulary], where a peer gives them."""
+
+    @staticmethod
+    def stepping(name: str, weight_bytes: int, make: Callable[[int], Step], logits: Logits) -> "Peer":
+        """A peer that is called step by step."""
+        return Peer(name, weight_bytes, lambda capacity: partial(_timed_steps, make(capacity)), logits)
 
     @staticmethod
     def of_artifact(name: str, compiled: Compiled) -> "Peer":
         """An artifact of ours."""
         weights = sum(tensor.nbytes for tensor in compiled.program.weights().values())
         contract, vocabulary = compiled.program.contract, compiled.program.metadata.vocab_size
-        return Peer(name, weights, lambda capacity: Stepper(compiled.executable, contract, 1, capacity, vocabulary))
+        make = lambda size: Stepper(compiled.executable, contract, 1, size, vocabulary)  # noqa: E731
+        return Peer.stepping(name, weights, make, compiled.logits)
+
+
+def _timed_steps(step: Step, prompt_tokens: int, new_tokens: int) -> tuple[float, list[float]]:
+    def seconds(start: int, end: int) -> float:
+        started = time.perf_counter()
+        step(start, end)
+        return time.perf_counter() - started
+
+    prefill = seconds(0, prompt_tokens)
+    step(0, CONTEXT)
+    return prefill, [seconds(place, place + 1) for place in range(CONTEXT, CONTEXT + new_tokens)]
 
 
 def _bytes(model: torch.nn.Module) -> int:
@@ -62,16 +91,18 @@ def _bytes(model: torch.nn.Module) -> int:
 
 def HuggingFace(model: Any) -> Peer:  # noqa: N802
     """Eager, with the static cache that compiled peers use too."""
-    return Peer("transformers eager", _bytes(model), lambda capacity: _stepper(model, model, capacity))
+    make = lambda capacity: _stepper(model, model, capacity)  # noqa: E731
+    return Peer.stepping("transformers eager", _bytes(model), make, lambda ids: model(input_ids=ids).logits)
 
 
 def TorchCompile(model: Any) -> Peer:  # noqa: N802
     """torch.compile of the same model with a static cache: the step is static, the prefill dynamic."""
     step = torch.compile(model, dynamic=False, fullgraph=True)
-    return Peer("torch.compile", _bytes(model), lambda capacity: _stepper(model, step, capacity))
+    make = lambda capacity: _stepper(model, step, capacity)  # noqa: E731
+    return Peer.stepping("torch.compile", _bytes(model), make, lambda ids: model(input_ids=ids).logits)
 
 
-def _stepper(model: Any, step: Any, capacity: int) -> Callable[[int, int], None]:
+def _stepper(model: Any, step: Any, capacity: int) -> Step:
     cache = StaticCache(config=model.config, max_cache_len=capacity)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (1, capacity), generator=generator)
@@ -99,7 +130,7 @@ def LlamaCpp(file: Path) -> Peer:  # noqa: N802
     """llama.cpp on a GGUF file; needs the package llama-cpp-python (extra `bench`)."""
     from llama_cpp import Llama
 
-    def make(capacity: int) -> Callable[[int, int], None]:
+    def make(capacity: int) -> Step:
         threads = torch.get_num_threads()
         model = Llama(str(file), n_ctx=capacity, n_threads=threads, n_threads_batch=threads, verbose=False)
         ids = torch.randint(0, model.n_vocab(), (capacity,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -111,7 +142,38 @@ def LlamaCpp(file: Path) -> Peer:  # noqa: N802
 
         return run
 
-    return Peer(f"llama.cpp {file.stem}", file.stat().st_size, make)
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        model = Llama(str(file), n_ctx=ids.shape[1], logits_all=True, verbose=False)
+        model.eval(ids[0].tolist())
+        return torch.from_numpy(model.scores[: ids.shape[1]].copy())[None]
+
+    return Peer.stepping(f"llama.cpp {file.stem}", file.stat().st_size, make, logits)
+
+
+def OpenVino(file: Path) -> Peer:  # noqa: N802
+    """OpenVINO GenAI on a GGUF file; needs the package openvino-genai (extra `bench`).
+
+    It takes no single steps, so its own measurements are read; they include the choice of the next token.
+    """
+    import openvino
+    import openvino_genai
+
+    pipeline = openvino_genai.LLMPipeline(str(file), "CPU", INFERENCE_NUM_THREADS=torch.get_num_threads())
+    generator = torch.Generator().manual_seed(0)
+
+    def generate(tokens: int, new_tokens: int) -> Any:
+        # A prompt that was seen before would be answered from the prefix cache.
+        ids = torch.randint(0, 40000, (1, tokens), generator=generator).numpy()
+        inputs = openvino_genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor((ids >= 0).astype("int64")))
+        options = {"max_new_tokens": new_tokens, "ignore_eos": True, "do_sample": False}
+        return pipeline.generate(inputs, **options).perf_metrics
+
+    def one_round(prompt_tokens: int, new_tokens: int) -> tuple[float, list[float]]:
+        prefill = generate(prompt_tokens, 1).get_ttft().mean / 1e3
+        times = generate(CONTEXT, new_tokens + 1).raw_metrics.m_new_token_times
+        return prefill, [(after - before) / 1e3 for before, after in pairwise(times)]
+
+    return Peer(f"OpenVINO {file.stem}", file.stat().st_size, lambda _capacity: one_round)
 
 
 def read_bandwidth(repetitions: int = 5) -> float:
@@ -135,18 +197,13 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Times all peers, round by round; the first round warms up and is not counted."""
     capacity = max(prompt_tokens, CONTEXT + new_tokens)
-    steps = {peer.name: peer.make(capacity) for peer in peers}
+    rounds_of = {peer.name: peer.make(capacity) for peer in peers}
     timings = {peer.name: Timing() for peer in peers}
     for number in range(rounds + 1):
         for peer in peers:
-            step, timing = steps[peer.name], timings[peer.name] if number else Timing()
-            started = time.perf_counter()
-            step(0, prompt_tokens)
-            timing.prefill_samples.append(prompt_tokens / (time.perf_counter() - started))
-            step(0, CONTEXT)
-            for position in range(CONTEXT, CONTEXT + (new_tokens if number else 2)):
-                started = time.perf_counter()
-                step(position, position + 1)
-                timing.decode_samples.append(1 / (time.perf_counter() - started))
+            prefill, steps = rounds_of[peer.name](prompt_tokens, new_tokens if number else 2)
+            if number:
+                timings[peer.name].prefill_samples.append(prompt_tokens / prefill)
+                timings[peer.name].decode_samples += [1 / seconds for seconds in steps]
         progress(f"round {number} of {rounds} done" if number else "warmed up")
     return timings

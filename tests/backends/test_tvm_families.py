@@ -1,5 +1,6 @@
 """Programs of every dense causal family, lowered by TVM, against the eager program over the same quantized weights."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_a_dispatch_of_experts_is_left_to_inductor():
     program = rewritten("mixtral")
     chosen, passed_over = choose(program, CPU, [BACKEND, INDUCTOR])
     assert chosen is INDUCTOR
-    assert "no kernel for" in passed_over["tvm"] or "no fast kernel" in passed_over["tvm"]
+    assert re.search("has no kernel for|has no fast kernel for|cannot convert", passed_over["tvm"])
 
 
 def test_what_it_cannot_lower_is_named():

@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 from families.cache import captured
+from torch import nn
 
+from graphwright import shapes
 from graphwright.capture import capture
 from graphwright.cost import node_costs, program_cost, roofline
 from graphwright.errors import ArtifactError
@@ -113,3 +115,18 @@ def test_clean_leaves_one_spelling():
     assert program.text() == (
         "%x : float32[batch, 4]\n%1 = reshape(%x, [-1, 2, 2]) : float32[batch, 2, 2]\nreturn [%1, %1]\n"
     )
+
+
+def test_a_loaded_program_runs_before_its_shapes_are_known(tmp_path, monkeypatch):
+    program = capture(nn.Linear(4, 3), (torch.randn(2, 4),))
+    program.save(tmp_path)
+    propagated = []
+    propagate = shapes.propagate
+    monkeypatch.setattr(shapes, "propagate", lambda *given: propagated.append(propagate(*given)))
+    loaded = Program.load(tmp_path)
+    x = torch.randn(5, 4)
+    name = program.contract.names[0]
+    assert torch.equal(loaded(**{name: x})[0], program(**{name: x})[0])
+    assert not propagated
+    assert loaded.text() == program.text()
+    assert len(propagated) == 1

@@ -5,13 +5,14 @@ import torch
 from kernels.interpreted import TOLERANCE, runner
 from kernels.test_quantized_gemm import weights
 
-from graphwright.errors import BackendError
+from graphwright.errors import BackendError, PassError
 from graphwright.kernels.triton import codebook_gemm, embedding, grouped_gemm, integer_gemm, sparse_gemm
 from graphwright.kernels.triton.device import DEVICES
 from graphwright.kernels.triton.launch import Recorder, meta
 from graphwright.numerics import relative_error
 from graphwright.op import OPS
 from graphwright.ops import grouped_linear, quantized_embedding
+from graphwright.sparsity import compress
 
 
 @pytest.mark.parametrize("rows", [1, 17, 66])
@@ -91,7 +92,7 @@ def test_two_in_four(rows, dtype):
     weight.scatter_(-1, weight.abs().topk(2, largest=False).indices, 0.0)
     weight[0] = 0
     weight = weight.flatten(1).to(dtype)
-    values, places = sparse_gemm.compress(weight)
+    values, places = compress(weight)
     x, bias = torch.randn(rows, 120, dtype=dtype), torch.randn(37, dtype=dtype)
     expected = torch.nn.functional.linear(x.float(), weight.float(), bias.float()).to(dtype)
     assert relative_error(sparse_gemm.linear_reference(x, values, places, bias), expected) < TOLERANCE[dtype]
@@ -132,11 +133,11 @@ def test_outliers_are_added(rows):
 
 
 def test_what_is_not_two_in_four_is_refused():
-    with pytest.raises(BackendError, match="more than two non-zeros"):
-        sparse_gemm.compress(torch.ones(1, 4))
-    with pytest.raises(BackendError, match="groups of four"):
-        sparse_gemm.compress(torch.zeros(1, 6))
-    values, places = sparse_gemm.compress(torch.zeros(2, 8))
+    with pytest.raises(PassError, match="more than two non-zeros"):
+        compress(torch.ones(1, 4))
+    with pytest.raises(PassError, match="groups of four"):
+        compress(torch.zeros(1, 6))
+    values, places = compress(torch.zeros(2, 8))
     with pytest.raises(BackendError, match="x has 4 columns and the weight 8"):
         sparse_gemm.linear(runner(), torch.zeros(1, 4), values, places, None)
 

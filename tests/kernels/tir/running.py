@@ -34,19 +34,19 @@ def dense(*shape: object) -> Layout:
     return Layout.contiguous(shape)
 
 
-def code_rows(x: torch.Tensor, group_size: int) -> torch.Tensor:
+def code_rows(x: torch.Tensor, row: CodeRow) -> torch.Tensor:
     """Activations [..., K] as rows of codes, made with torch."""
-    row = CodeRow(x.shape[-1], group_size)
-    step = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-    codes = functional.pad((x / step).round().to(torch.int8), (0, row.padded - row.width))
-    sums = codes.unflatten(-1, (row.groups, group_size)).sum(-1, dtype=torch.int32)
+    parts = x.unflatten(-1, (row.steps, -1))
+    step = (parts.abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    codes = functional.pad((parts / step).round().flatten(-2).to(torch.int8), (0, row.padded - row.width))
+    sums = codes.unflatten(-1, (row.groups, row.group_size)).sum(-1, dtype=torch.int32)
+    step = step.flatten(-2)
     parts = [functional.pad(codes, (0, row.sums * 4 - row.padded)), sums.view(torch.int8), step.view(torch.int8)]
-    return functional.pad(torch.cat(parts, -1), (0, row.bytes - (row.step + 1) * 4))
+    return functional.pad(torch.cat(parts, -1), (0, row.bytes - (row.step + row.steps) * 4))
 
 
-def split_rows(rows: torch.Tensor, width: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, sums and step of rows of codes."""
-    row = CodeRow(width, group_size)
+def split_rows(rows: torch.Tensor, row: CodeRow) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, sums and steps of rows of codes."""
     sums = rows[..., row.sums * 4 : row.step * 4].contiguous().view(torch.int32)
-    step = rows[..., row.step * 4 : row.step * 4 + 4].contiguous().view(torch.float32)
+    step = rows[..., row.step * 4 : (row.step + row.steps) * 4].contiguous().view(torch.float32)
     return rows[..., : row.padded], sums, step

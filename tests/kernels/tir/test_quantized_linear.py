@@ -11,7 +11,7 @@ from graphwright import packing
 from graphwright.kernels.tir import tiles
 from graphwright.kernels.tir.isa import ISAS, Isa, choose
 from graphwright.kernels.tir.linear import Linear
-from graphwright.kernels.tir.quantized_linear import matrix, vector
+from graphwright.kernels.tir.quantized_linear import code_row, matrix, vector
 from graphwright.numerics import relative_error
 from graphwright.ops import quantize_dequantize, quantized_linear
 from graphwright.rounding import quantize
@@ -28,19 +28,28 @@ LAYERS = [
     (64, 72, "int8", 24, True, False, True, ""),
     (96, 64, "int4", 64, True, True, False, "silu"),
     (32, 160, "int8", 160, False, False, False, "gelu_tanh"),
+    # … and activations that share a step: as many as a group, or fewer
+    (48, 96, "int4", 32, True, False, True, "", 32),
+    (40, 128, "int4", 64, False, True, False, "", 32),
+    (33, 96, "int8", 96, False, False, False, "", 32),
+    (64, 64, "int4", 32, True, False, False, "silu", 8),
 ]
 
 
 def check(rows: int, case: tuple, isa: Isa) -> float:
     """Relative error of a kernel against the op on the same codes."""
-    outputs, width, format, group, asymmetric, with_bias, with_residual, activation = case
+    outputs, width, format, group, asymmetric, with_bias, with_residual, activation, *shared = case
+    code_group = shared[0] if shared else 0
     scheme = Scheme(format=format, group_size=group, symmetric=not asymmetric)
     done = quantize(torch.randn(outputs, width), scheme)
     packed, scale, zero = done.packed, done.grid.scale, done.grid.zero_point
     x, bias = torch.randn(1, rows, width), torch.randn(outputs) if with_bias else None
-    expected = quantized_linear(quantize_dequantize(x, None, "int8", 0), packed, scale, zero, bias, format, group)
-    layer = Linear(outputs, width, format, group, asymmetric, "float16", with_bias, with_residual, activation)
-    arguments = [code_rows(x, group), tiles.tile_codes(packed, format, group), tiles.tile_groups(scale)]
+    options = (asymmetric, "float16", with_bias, with_residual, activation, code_group)
+    layer = Linear(outputs, width, format, group, *options)
+    expected = quantized_linear(
+        quantize_dequantize(x, None, "int8", code_group), packed, scale, zero, bias, format, group
+    )
+    arguments = [code_rows(x, code_row(layer)), tiles.tile_codes(packed, format, group), tiles.tile_groups(scale)]
     if zero is not None:
         arguments.append(tiles.tile_zero_points(zero, format))
     if bias is not None:
@@ -62,7 +71,7 @@ def check(rows: int, case: tuple, isa: Isa) -> float:
 def test_kernels_equal_the_reference(case):
     torch.manual_seed(0)
     # Sums of at most 160 products are exact in int32; what is left is float32 addition of the groups.
-    for rows in (1, 3, 17):
+    for rows in (1, 3, 8, 17):
         assert check(rows, case, HERE[0]) < 2e-6
 
 

@@ -22,25 +22,31 @@ from graphwright.scheme import Scheme
 B, S = size("batch"), size("sequence")
 
 
-@pytest.mark.parametrize(("width", "group"), [(96, 32), (80, 80), (100, 8), (576, 64), (30, 16)])
-def test_quantize(width, group):
-    x = torch.randn(2, 3, width)
+@pytest.mark.parametrize(
+    "row",
+    [
+        *(CodeRow(*sizes) for sizes in ((96, 32), (80, 80), (100, 8), (576, 64), (30, 16))),
+        *(CodeRow(*sizes, grouped=True) for sizes in ((96, 32), (64, 8), (576, 64))),
+    ],
+    ids=str,
+)
+def test_quantize(row):
+    x = torch.randn(2, 3, row.width)
     x[0, 1] = 0
-    rows = torch.full((2, 3, CodeRow(width, group).bytes), 9, dtype=torch.int8)
-    run(quantize_kernel(dense(B, S, width), group), x, rows)
-    for found, expected in zip(
-        split_rows(rows, width, group), split_rows(code_rows(x, group), width, group), strict=True
-    ):
+    rows = torch.full((2, 3, row.bytes), 9, dtype=torch.int8)
+    run(quantize_kernel(dense(B, S, row.width), row), x, rows)
+    for found, expected in zip(split_rows(rows, row), split_rows(code_rows(x, row), row), strict=True):
         assert torch.equal(found, expected)
 
 
 def test_quantize_reads_strided_rows():
     x = torch.randn(2, 3, 128)
-    rows = torch.empty(2, 3, CodeRow(64, 32).bytes, dtype=torch.int8)
+    row = CodeRow(64, 32)
+    rows = torch.empty(2, 3, row.bytes, dtype=torch.int8)
     layout = Layout((B, S, 128), (B, S, 64), (S * 128, 128, 1), 32)
-    run(quantize_kernel(layout, 32), x, rows)
-    expected = code_rows(x[..., 32:96].contiguous(), 32)
-    assert torch.equal(split_rows(rows, 64, 32)[0], split_rows(expected, 64, 32)[0])
+    run(quantize_kernel(layout, row), x, rows)
+    expected = code_rows(x[..., 32:96].contiguous(), row)
+    assert torch.equal(split_rows(rows, row)[0], split_rows(expected, row)[0])
 
 
 NORMS = [
@@ -63,9 +69,10 @@ def test_normalize(norm, width):
     out = nowhere(2, 3, width)
     run(normalize(norm, dense(B, S, width)), *given, out)
     assert relative_error(out, expected) < 5e-6
-    rows = torch.empty(2, 3, CodeRow(width, 8).bytes, dtype=torch.int8)
-    run(normalize(norm, dense(B, S, width), 8), *given, rows)
-    codes, sums, step = split_rows(rows, width, 8)
+    row = CodeRow(width, 8)
+    rows = torch.empty(2, 3, row.bytes, dtype=torch.int8)
+    run(normalize(norm, dense(B, S, width), row), *given, rows)
+    codes, sums, step = split_rows(rows, row)
     # A code may differ by one where the norm's last bit decides how it is rounded.
     assert ((codes[..., :width] * step - expected).abs() <= step * 0.5001).all()
     assert torch.equal(sums, codes.unflatten(-1, (-1, 8)).sum(-1, dtype=torch.int32))

@@ -9,8 +9,9 @@ from passes.quantize.quantizing import correlated, hessian, run
 from graphwright import rounding
 from graphwright.calibration import Hessian
 from graphwright.errors import PassError
-from graphwright.passes.quantize.gptq import Gptq, inverse_factor
+from graphwright.passes.quantize.gptq import Gptq
 from graphwright.scheme import Scheme
+from graphwright.second_order import inverse_factor
 
 
 def solve(weight: torch.Tensor, statistics: Hessian, **options) -> rounding.Quantized:

@@ -1,0 +1,1 @@
+"""Passes that remove weights: single ones, in patterns, and whole channels, heads and layers."""
