@@ -107,7 +107,7 @@ def test_what_tensorrt_reads_computes_what_the_program_computes(family: str, rec
     program = rewritten(family, recipe)
     call = twin(program, tmp_path)
     mine, theirs = (program.contract.allocate({"batch": 2, "capacity": 12}) for _ in range(2))
-    limit = {"fp32": 2e-5, "int8": 1e-4, "int4": 2e-4}.get(recipe, 3e-2)
+    limit = {"fp32": 1e-4, "int8": 1e-4, "int4": 2e-4}.get(recipe, 3e-2)
     errors = []
     for step in steps(program):
         taken = {name: tensor for name, tensor in step.items() if name in program.contract.names}
@@ -124,8 +124,8 @@ def test_what_tensorrt_reads_computes_what_the_program_computes(family: str, rec
         assert relative_error(theirs[spec.name][:, :, :-1], mine[spec.name][:, :, :-1]) < limit
 
 
-SLOW_TO_BUILD = {"deepseek_v2", "deepseek_v3", "gpt_oss", "qwen2_moe", "mixtral"}
-"""Mixtures whose engines take half a minute each; of these the parser alone is asked, and qwen3_moe is built for all."""
+SLOW_TO_BUILD = {"deepseek_v2", "deepseek_v3", "gpt_oss", "qwen2_moe", "qwen3_moe"}
+"""Mixtures whose engines take half a minute each; of these the parser alone is asked, and mixtral is built for all."""
 
 
 @needs_tensorrt
