@@ -173,7 +173,7 @@ class _Run:
         if node in self.weights:
             values[node] = functional.linear(args[0], self.weights[node].to(args[0].dtype), *args[2:])
         else:
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            values[node] = node.target(*args, **kwargs)
         for source in (*node.all_input_nodes, node):
             if self.last_use.get(source, node) is node:
                 values.pop(source, None)

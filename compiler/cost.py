@@ -4,9 +4,11 @@
     estimate = roofline(program, target, {"batch": 1, "sequence": 1, "keys": 512})
 
 A semantic op states its cost beside its definition; ATen ops are covered here. The time of a node is the larger of
-FLOPs over peak rate and bytes over bandwidth; nodes run one after another. It is a bound from below, not a forecast.
+FLOPs over peak rate and bytes over memory bandwidth; nodes run one after another. It is a model, not a forecast: a
+machine whose caches hold the weights is faster, and most kernels are slower.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +17,11 @@ import sympy
 import torch
 from torch import fx
 
+from graphwright import packing
+from graphwright.contract import dtype_name
+from graphwright.match import argument
 from graphwright.op import Cost, TensorInfo, op_of
+from graphwright.ops import quantize_dequantize, quantized_linear
 from graphwright.program import Program
 from graphwright.target import Target
 from graphwright.text import op_name, symbol_names
@@ -42,7 +48,7 @@ class NodeCost:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A roofline estimate at concrete sizes; seconds is a lower bound, and an estimate."""
+    """A roofline estimate at concrete sizes."""
 
     flops: float
     bytes: float
@@ -64,11 +70,13 @@ def program_cost(program: Program) -> Cost:
 
 
 def roofline(program: Program, target: Target, sizes: Mapping[str, int]) -> Estimate:
-    """FLOPs, bytes and the least time of one call at `sizes` on `target`."""
+    """FLOPs, bytes and the modelled time of one call at `sizes` on `target`."""
     bound = {sympy.Symbol(n, positive=True, integer=True): s for n, s in program.contract.sizes(sizes).items()}
+    # Layers repeat, and so do their expressions, of which sympy takes long to evaluate one.
+    value = functools.cache(lambda expression: float(expression.subs(bound)))
     flops = total_bytes = seconds = memory_seconds = 0.0
     for cost in node_costs(program):
-        work, moved = float(cost.flops.subs(bound)), float(cost.bytes.subs(bound))
+        work, moved = value(cost.flops), value(cost.bytes)
         rate = target.flops.get(cost.dtype) or target.flops.get("float32") or 1e12
         compute_time, memory_time = work / rate, moved / (target.bandwidth or 1e12)
         flops, total_bytes = flops + work, total_bytes + moved
@@ -87,8 +95,17 @@ def _node_cost(node: fx.Node, symbols: Mapping[str, sympy.Symbol]) -> NodeCost:
             (i.bytes for group in (inputs, [output]) for i in group if i is not None),
             sympy.Integer(0),
         )
-    dtype = str(output.dtype).removeprefix("torch.") if output is not None else "float32"
+    dtype = _computed_in(node, output)
     return NodeCost(node.name, op_name(node.target), sympy.sympify(cost.flops), sympy.sympify(moved), dtype)
+
+
+def _computed_in(node: fx.Node, output: TensorInfo | None) -> str:
+    """The name of the dtype whose rate a node's arithmetic has."""
+    x = node.args[0] if node.args else None
+    if node.target is quantized_linear.target and isinstance(x, fx.Node) and x.target is quantize_dequantize.target:
+        floating = packing.FORMATS[argument(x, "format")].dtype  # codes of both sides are multiplied
+        return "int8" if floating is None else dtype_name(floating)
+    return dtype_name(output.dtype) if output is not None else "float32"
 
 
 def _cost(node: fx.Node, symbols: Mapping[str, sympy.Symbol], output: TensorInfo | None) -> Cost:
@@ -106,10 +123,10 @@ def _cost(node: fx.Node, symbols: Mapping[str, sympy.Symbol], output: TensorInfo
     if name in ("linear", "matmul", "mm", "bmm", "_grouped_mm") and first is not None:
         return Cost(2 * output.numel * first.shape[-1])
     if name in ("addmm", "baddbmm"):
-        second = _info(node.args[1].meta.get("val"), symbols)  # type: ignore[union-attr]
+        second = _info(node.args[1].meta.get("val"), symbols)
         return Cost(2 * output.numel * second.shape[-1]) if second else Cost()
     if name == "scaled_dot_product_attention" and first is not None:
-        key = _info(node.args[1].meta.get("val"), symbols)  # type: ignore[union-attr]
+        key = _info(node.args[1].meta.get("val"), symbols)
         return Cost(4 * first.numel * key.shape[-2]) if key else Cost()
     return Cost(output.numel)
 

@@ -171,7 +171,7 @@ def _to_aten(module: fx.GraphModule, arguments: Sequence[Any]) -> fx.GraphModule
     ):
         if _is_number(source):
             for user in list(node.users):
-                user.replace_all_uses_with(float(argument))  # type: ignore[arg-type]
+                user.replace_all_uses_with(float(argument))
                 graph.erase_node(user)
         values.append(source.meta["example_value"])
     copied.recompile()
@@ -239,7 +239,7 @@ def _program(flat: fx.GraphModule) -> Program:
         shape = tuple(_size(size, dims) for size in node.meta["val"].shape)
         specs.append(InputSpec(str(node.target), node.meta["val"].dtype, shape))
     output = graph.output_node()
-    names = tuple(f"output_{i}" for i in range(len(output.args[0])))  # type: ignore[arg-type]
+    names = tuple(f"output_{i}" for i in range(len(output.args[0])))
     contract = Contract(tuple(specs), names, tuple(dims.values()))
     # Symbols of our own: dynamo's also stand for Python floats, which are constants here.
     shapes.propagate(flat, contract)

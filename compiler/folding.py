@@ -133,7 +133,7 @@ def constant(node: fx.Node, position: int, axis: int) -> Operand | None:
 def value_of(program: Program, operand: Operand) -> Tensor:
     """The constant behind an operand."""
     read = operand.node.args[operand.position]
-    return program.weight(read)  # type: ignore[arg-type]
+    return program.weight(read)
 
 
 def multiply(editor: Editor, operand: Operand, factor: Tensor) -> None:
@@ -169,10 +169,10 @@ def keeps_channels(node: fx.Node) -> bool:
     if not isinstance(before, Tensor) or not isinstance(after, Tensor) or not after.is_floating_point():
         return False
     if node.target is aten.gather.default:
-        return int(node.args[1]) != before.dim() - 1  # type: ignore[arg-type]
+        return int(node.args[1]) != before.dim() - 1
     if node.target is aten.index.Tensor:
         indices = node.args[1]
-        return before.dim() == 2 and len(indices) == 1  # type: ignore[arg-type]
+        return before.dim() == 2 and len(indices) == 1
     return bool(before.dim() and after.dim() and before.shape[-1] == after.shape[-1])
 
 
@@ -222,7 +222,7 @@ def _path(source: fx.Node) -> list[fx.Node] | None:
         position = 0 if node.target in REARRANGING else UPSTREAM.get(node.target)
         if position is None or not isinstance(node.args[position], fx.Node):
             return None
-        path.append(node.args[position])  # type: ignore[arg-type]
+        path.append(node.args[position])
     return path
 
 
@@ -238,7 +238,7 @@ def _made_by(maker: fx.Node) -> tuple[Operand, ...] | None:
         return (Operand(maker, 1, 0),) if maker.args[1] is None or constant(maker, 1, 0) else None
     if maker.target is aten.layer_norm.default:
         wanted = [(2, 0), (3, 0)]
-        if len(maker.args[1]) != 1 or _argument(maker, 2, None) is None:  # type: ignore[arg-type]
+        if len(maker.args[1]) != 1 or _argument(maker, 2, None) is None:
             return None
     else:
         wanted = [(1, 2)] if maker.target is grouped_linear.target else [(1, 0), (2, 0)]
@@ -302,18 +302,18 @@ class Rows:
 
     def _compute(self, node: fx.Node) -> Any:
         if node.target is attention.target and attention.target in self.passing:
-            value = self._value(node.args[2])  # type: ignore[arg-type]
-            query = shape_at(self.program, node.args[0], self.sizes)  # type: ignore[arg-type]
+            value = self._value(node.args[2])
+            query = shape_at(self.program, node.args[0], self.sizes)
             shared = value.repeat_interleave(query[1] // value.shape[1], 1)
             return shared[:, :, :1].expand(-1, -1, query[2], -1)
         if node.target in self.passing:
-            return self._value(node.args[self.passing[node.target]])  # type: ignore[arg-type, index]
+            return self._value(node.args[self.passing[node.target]])
         if node.target not in REARRANGING:
             raise _UntraceableError
         if node.target is aten.to.dtype:
-            return self._value(node.args[0])  # type: ignore[arg-type]
+            return self._value(node.args[0])
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self._argument)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return node.target(*args, **kwargs)
 
     def _argument(self, node: fx.Node) -> Any:
         value = node.meta["val"]

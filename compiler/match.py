@@ -8,7 +8,8 @@
     found = match(pattern, node)            # Match, with found["x"], found["eps"]; or NoMatch with a reason
 
 - A `Var` binds a node and must be the same node wherever it occurs; a pattern object used twice likewise.
-- A `Const` binds a plain number and may carry a test.
+- A `Const` binds a plain number and may carry a test; it must be equal wherever it occurs.
+- Names that start with an underscore may be bound to something else each time.
 - `add` and `mul` match in either order. `maybe_cast(p)` matches p with or without a cast around it; `optional(t, p)`
   does so for any one-argument target; `either(p, q)` tries alternatives.
 - Arguments that a pattern does not mention must have their default value.
@@ -184,10 +185,17 @@ class _Attempt:
             )
         elif pattern.test is not None and not pattern.test(value):
             self.fail(bindings, value, lambda: f"{pattern.name} was refused")
-        elif pattern.name in bindings and bindings[pattern.name] is not value and not pattern.name.startswith("_"):
-            self.fail(bindings, value, lambda: f"{pattern.name} is already bound to another node")
+        elif self._taken(pattern, value, bindings):
+            self.fail(bindings, value, lambda: f"{pattern.name} is already bound to another value")
         else:
             yield {**bindings, pattern.name: value}
+
+    @staticmethod
+    def _taken(pattern: Var | Const, value: Any, bindings: Bindings) -> bool:
+        if pattern.name not in bindings or pattern.name.startswith("_"):
+            return False
+        held = bindings[pattern.name]
+        return held is not value if isinstance(pattern, Var) else bool(held != value)
 
     def _call(self, pattern: Call, node: Any, bindings: Bindings) -> Iterator[Bindings]:
         if not isinstance(node, fx.Node) or node.op != "call_function":
@@ -258,7 +266,7 @@ IGNORED_ARGUMENTS = {"device", "layout", "pin_memory", "memory_format"}
 
 def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     """An argument of a call by its schema name, wherever it was written; its default when left out."""
-    schema = node.target._schema  # type: ignore[union-attr]
+    schema = node.target._schema
     for index, formal in enumerate(schema.arguments):
         if formal.name == name:
             if index < len(node.args):

@@ -71,7 +71,8 @@ def backend(name: str) -> "Backend":
         BackendError: there is none, and the nearest name is given; or a package that it needs is not installed.
     """
     if name not in backend_names():
-        raise BackendError(f"Unknown backend {name!r}", fix=nearest(name, backend_names()))
+        compiling = [known for known in backend_names() if known not in exporter_names()]
+        raise BackendError(f"Unknown backend {name!r}", fix=nearest(name, compiling))
     module = _with_extra(f"{BACKENDS}.{name}", f"Backend {name}", name)
     if not hasattr(module, "BACKEND"):
         raise BackendError(

@@ -244,7 +244,7 @@ def run_nodes(program: Program, outputs: list[fx.Node], bound: dict[fx.Node, Any
             continue
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
         with torch.no_grad():
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            values[node] = node.target(*args, **kwargs)
         for source in node.all_input_nodes:
             if last_use[source] is node and source not in outputs:
                 values.pop(source)  # masks of long sequences are large

@@ -209,7 +209,7 @@ def _carried(node: fx.Node) -> fx.Node | None:
         return carried if keeps_channels(node) else None
     if node.target is aten.sum.dim_IntList:
         rank, dims = carried.meta["val"].dim(), node.args[1]
-        return carried if all(dim % rank != rank - 1 for dim in dims) else None  # type: ignore[union-attr]
+        return carried if all(dim % rank != rank - 1 for dim in dims) else None
     if node.target is aten.mul.Tensor:
         for one, other in (node.args[:2], node.args[1::-1]):
             if isinstance(one, fx.Node) and one.op == "call_function" and _one_per_token(other):

@@ -72,7 +72,7 @@ def compute(node: fx.Node, mode: FakeTensorMode, module: fx.GraphModule) -> Any:
         return mode.from_tensor(value.detach(), static_shapes=True) if isinstance(value, torch.Tensor) else value
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
     with mode, torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return node.target(*args, **kwargs)
 
 
 def mode_of(graph: fx.Graph) -> FakeTensorMode:

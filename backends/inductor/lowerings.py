@@ -105,7 +105,7 @@ class Lowered(nn.Module):
                 args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
                 values[node] = self._call(node, args, kwargs)
         self.at = ""
-        return tuple(realize(values[node]) for node in self.graph.output_node().args[0])  # type: ignore[union-attr]
+        return tuple(realize(values[node]) for node in self.graph.output_node().args[0])
 
     def _call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         source = node.args[0] if node.args else None

@@ -63,7 +63,7 @@ def plan_regions(program: Program) -> Plan:
         regions.append(region)
         calls += [Call(len(regions) - 1, s, o) for s, o in zip(sources, outputs, strict=True)]
     returned = program.graph.output_node().args[0]
-    return Plan(tuple(regions), tuple(calls), tuple(source_of(program, n) for n in returned))  # type: ignore[union-attr]
+    return Plan(tuple(regions), tuple(calls), tuple(source_of(program, n) for n in returned))
 
 
 def _cut(program: Program) -> list[tuple[str, list[list[fx.Node]]]]:

@@ -171,7 +171,7 @@ def _build(
 
     for node in nodes:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), argument)
-        copies[node] = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        copies[node] = graph.call_function(node.target, args, kwargs)
         copies[node].meta = {"few": node in few, "where": describe(node)}
     graph.output(tuple(copies[nodes[index]] for index in made))
     return graph
@@ -233,7 +233,7 @@ def _few_rows(program: Program) -> set[fx.Node]:
     found = set()
     for node in program.calls(aten.linear.default, quantized_linear.target):
         rows: set[Any] = set()
-        for size in _expressions(node.args[0].meta["val"])[:-1]:  # type: ignore[union-attr]
+        for size in _expressions(node.args[0].meta["val"])[:-1]:
             rows |= size.free_symbols
         batch = {size for size in rows if size in chosen and size in long}
         if rows & (chosen - long) and not rows & (long - batch):

@@ -46,7 +46,7 @@ def _comparison(op_type: str) -> Translation:
     """A comparison in the dtype that torch promotes both sides to."""
 
     def write(t: Translator, self: ir.Value, other: Any) -> ir.Value:
-        source = t.node.args[0].meta["val"]  # type: ignore[union-attr]
+        source = t.node.args[0].meta["val"]
         against = t.node.args[1]
         dtype = torch.result_type(
             torch.empty(1, dtype=source.dtype),
@@ -151,7 +151,7 @@ def _linear(t: Translator, input: ir.Value, weight: ir.Value, bias: ir.Value | N
 
 def _reshape(t: Translator, self: ir.Value, shape: Sequence[Any]) -> ir.Value:
     sizes = list(shape)
-    old, new = t.node.args[0].meta["val"].shape, t.node.meta["val"].shape  # type: ignore[union-attr]
+    old, new = t.node.args[0].meta["val"].shape, t.node.meta["val"].shape
     for axis, size in enumerate(sizes):
         if isinstance(size, int):
             continue
@@ -256,7 +256,7 @@ def _topk(t: Translator, self: ir.Value, k: int, dim: int = -1, largest: bool = 
 
 
 def _sort(t: Translator, self: ir.Value, dim: int = -1, descending: bool = False) -> Any:
-    rank = t.node.args[0].meta["val"].dim()  # type: ignore[union-attr]
+    rank = t.node.args[0].meta["val"].dim()
     length = t.builder("Shape", self, start=dim % rank, end=dim % rank + 1)
     return t.builder("TopK", self, length, axis=dim, largest=int(descending), sorted=1, outputs=2)
 

@@ -30,6 +30,7 @@ DTYPES: dict[torch.dtype, ir.DataType] = {
     torch.int32: ir.DataType.INT32,
     torch.int64: ir.DataType.INT64,
     torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
+    torch.float8_e5m2: ir.DataType.FLOAT8E5M2,
 }
 """ONNX's name for each dtype that a program may hold."""
 

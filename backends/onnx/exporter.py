@@ -97,7 +97,7 @@ class OnnxExporter:
         places = (mask.cumsum(1) - 1).clamp(min=0)
         inputs = {"input_ids": ids, "key_mask": mask, "positions": places}
         past = {
-            spec.name: torch.zeros((2, spec.shape[1], 0, spec.shape[3]), dtype=spec.dtype)  # type: ignore[arg-type]
+            spec.name: torch.zeros((2, spec.shape[1], 0, spec.shape[3]), dtype=spec.dtype)
             for spec in program.contract.inputs
             if spec.name.startswith("past_")
         }

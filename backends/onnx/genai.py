@@ -20,7 +20,7 @@ def layers(program: Program) -> tuple[int, int, int, int] | None:
     nodes = list(program.calls(attention.target))
     caches = set()
     for node in nodes:
-        query, key, value = (argument.meta["val"].shape for argument in node.args[:3])  # type: ignore[union-attr]
+        query, key, value = (argument.meta["val"].shape for argument in node.args[:3])
         caches.add((int(query[1]), int(key[1]), int(key[3]), int(value[3])))
     if len(caches) != 1:
         return None

@@ -41,7 +41,7 @@ def appended(node: fx.Node) -> fx.Node | None:
 def fits(node: fx.Node) -> bool:
     """Whether grouped-query attention says the same as an attention node."""
     query, key, value = (node.args[i] for i in range(3))
-    same_width = key.meta["val"].shape[3] == value.meta["val"].shape[3]  # type: ignore[union-attr]
+    same_width = key.meta["val"].shape[3] == value.meta["val"].shape[3]
     cached = appended(key) is not None and appended(value) is not None
     return cached and same_width and argument(node, "causal") and not argument(node, "prefix") and query is not key
 
@@ -52,9 +52,9 @@ def attention(t: Translator, node: fx.Node) -> ir.Value:
     if not fits(node):
         return semantic.attention(t, node)
     b = t.builder
-    heads, kv_heads = (int(n.meta["val"].shape[1]) for n in (node.args[0], key))  # type: ignore[union-attr]
+    heads, kv_heads = (int(n.meta["val"].shape[1]) for n in (node.args[0], key))
     width = int(node.meta["val"].shape[3])
-    new = [node.args[0], *(one.args[0][1] for one in (key, value))]  # type: ignore[union-attr, index]
+    new = [node.args[0], *(one.args[0][1] for one in (key, value))]
     rows = [_rows(t, t.value(one), count * width) for one, count in zip(new, (heads, kv_heads, kv_heads), strict=True)]
     past = [t.value(appended(one)) for one in (key, value)]
     sinks, dtype = argument(node, "sinks"), t.value(node.args[0]).dtype
@@ -110,7 +110,7 @@ def rope(t: Translator, node: fx.Node) -> ir.Value:
     """RotaryEmbedding over a table of the positions at hand, so that no length is built in."""
     b, x = t.builder, t.value(node.args[0])
     positions = argument(node, "positions")
-    batch, rows = (n.meta["val"].shape[0] for n in (node.args[0], positions))  # type: ignore[union-attr]
+    batch, rows = (n.meta["val"].shape[0] for n in (node.args[0], positions))
     rotary = 2 * int(argument(node, "inv_freq").meta["val"].shape[0])
     if str(batch) != str(rows) or rotary != node.meta["val"].shape[-1]:
         return semantic.rope(t, node)
@@ -177,7 +177,7 @@ def quantized_linear(t: Translator, node: fx.Node) -> ir.Value:
     bits = packing.FORMATS[format].bits
     if not block_size(scale.shape[1], group_size) or (bits == 8 and not t.options.integer_products):
         return plain_linear(t, node)
-    features, outputs = int(node.args[0].meta["val"].shape[-1]), int(weight.shape[0])  # type: ignore[union-attr]
+    features, outputs = int(node.args[0].meta["val"].shape[-1]), int(weight.shape[0])
     b = t.builder
     codes, scales, points, block = blocked(weight, scale, zero_point, format, group_size, features)
     whole = torch.equal(points, points.round())

@@ -67,7 +67,7 @@ def quantized_linear(t: Translator, node: fx.Node) -> ir.Value:
     fuse the pair into a product that rounds activations too.
     """
     b, x, bias = t.builder, t.value(node.args[0]), argument(node, "bias")
-    features = int(node.args[0].meta["val"].shape[-1])  # type: ignore[union-attr]
+    features = int(node.args[0].meta["val"].shape[-1])
     outputs = int(node.meta["val"].shape[-1])
     weight, width = dequantized(t, node)
     if width != features:
@@ -94,7 +94,7 @@ def quantized_embedding(t: Translator, node: fx.Node) -> ir.Value:
     shift = b("Gather", b.weight(f"{name}_rows_zero", points), indices, axis=0) if points.any() else None
     scales = b("Gather", b.weight(f"{name}_rows_scale", scale.float().unsqueeze(-1)), indices, axis=0)
     dense = b("Mul", rows if shift is None else b("Sub", rows, shift), scales)
-    rank = int(node.args[0].meta["val"].dim())  # type: ignore[union-attr]
+    rank = int(node.args[0].meta["val"].dim())
     dense = b("Reshape", dense, b.ints([*[0] * rank, -1]))
     width = argument(node, "embedding_dim")
     if width != codes.shape[1] * group_size:

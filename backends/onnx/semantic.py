@@ -7,7 +7,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from graphwright import ops
+from graphwright import ops, packing
 from graphwright.backends.onnx.builder import Builder
 from graphwright.backends.onnx.translate import OfNode, Translation, Translator, onnx_dtype
 from graphwright.match import argument
@@ -99,9 +99,9 @@ def attention(t: Translator, node: fx.Node) -> ir.Value:
     b = t.builder
     query, key, value = (t.value(node.args[i]) for i in range(3))
     narrow = query.dtype
-    heads, kv_heads = (int(node.args[i].meta["val"].shape[1]) for i in (0, 1))  # type: ignore[union-attr]
+    heads, kv_heads = (int(node.args[i].meta["val"].shape[1]) for i in (0, 1))
     query, key, value = (_cast(b, one, FLOAT) for one in (query, key, value))
-    width, value_width = (int(node.args[i].meta["val"].shape[3]) for i in (0, 2))  # type: ignore[union-attr]
+    width, value_width = (int(node.args[i].meta["val"].shape[3]) for i in (0, 2))
     # [B, Hkv, groups * S, D]: keys are read once for all heads of their group, and never repeated.
     grouped = query if heads == kv_heads else b("Reshape", query, b.ints([0, kv_heads, -1, width]))
     scores = b("MatMul", grouped, b("Transpose", key, perm=[0, 1, 3, 2]))
@@ -141,7 +141,7 @@ def _grouped_shape(t: Translator, node: fx.Node, kv_heads: int) -> ir.Value:
 
 
 def _lengths(node: fx.Node) -> tuple[str, str]:
-    return str(node.args[0].meta["val"].shape[2]), str(node.args[1].meta["val"].shape[2])  # type: ignore[union-attr]
+    return str(node.args[0].meta["val"].shape[2]), str(node.args[1].meta["val"].shape[2])
 
 
 def _shape(t: Translator, node: fx.Node, heads: int, grouped: bool) -> ir.Value:
@@ -224,7 +224,7 @@ def grouped_linear(t: Translator, node: fx.Node) -> ir.Value:
     """One product per expert over its slice of the rows; slices may be empty."""
     b = t.builder
     x, weight, ends = (t.value(node.args[i]) for i in range(3))
-    experts, _, outputs = (int(size) for size in node.args[1].meta["val"].shape)  # type: ignore[union-attr]
+    experts, _, outputs = (int(size) for size in node.args[1].meta["val"].shape)
     limits = b("Cast", ends, to=INT64)
     parts, start = [], b.ints([0])
     for expert in range(experts):
@@ -253,12 +253,8 @@ def quantize_dequantize(t: Translator, node: fx.Node) -> ir.Value:
     else:
         step = _cast(b, t.value(scale), FLOAT)
     codes = b("Clip", b("Div", wide, step), b.scalar(-largest, FLOAT), b.scalar(largest, FLOAT))
-    if format == "fp8_e4m3":
-        codes = _cast(b, b("Cast", codes, to=ir.DataType.FLOAT8E4M3FN), FLOAT)
-    elif format in ("int8", "int4"):
-        codes = b("Round", codes)
-    else:
-        raise t.refuse(f"Activations rounded to {format} have no form in ONNX")
+    floating = packing.FORMATS[format].dtype
+    codes = b("Round", codes) if floating is None else _cast(b, _cast(b, codes, onnx_dtype(floating)), FLOAT)
     rounded = b("Mul", codes, step)
     return _cast(b, b("Reshape", rounded, shape) if group_size else rounded, narrow, FLOAT)
 

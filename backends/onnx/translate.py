@@ -143,7 +143,7 @@ class Translator:
 
     def _outputs(self) -> list[tuple[fx.Node, str]]:
         nodes = self.program.graph.output_node().args[0]
-        return list(zip(nodes, map(tensor_name, self.program.contract.outputs), strict=True))  # type: ignore[arg-type]
+        return list(zip(nodes, map(tensor_name, self.program.contract.outputs), strict=True))
 
     def _output(self, node: fx.Node, name: str) -> ir.Value:
         value = self.values[node]

@@ -69,9 +69,9 @@ def dense_weight(t: Translator, node: fx.Node) -> tuple[ir.Value, ir.Value | Non
 def quantized_linear(t: Translator, node: fx.Node) -> ir.Value:
     """A product over codes, of weights and, where those are rounded per token, of activations."""
     b, given = t.builder, node.args[0]
-    features = int(given.meta["val"].shape[-1])  # type: ignore[union-attr]
+    features = int(given.meta["val"].shape[-1])
     dense, added, group_size = dense_weight(t, node)
-    width = int(dense.shape[1])  # type: ignore[index, arg-type]
+    width = int(dense.shape[1])
     step = None
     if _on_codes(node):
         x, step = _rounded(t, given)
@@ -79,7 +79,7 @@ def quantized_linear(t: Translator, node: fx.Node) -> ir.Value:
         x = t.value(given)
     if width != features:
         # Codes stay whole, so that the weight stays quantized: the activations grow instead.
-        rank = given.meta["val"].dim()  # type: ignore[union-attr]
+        rank = given.meta["val"].dim()
         x = b("Pad", x, b.ints([0] * (2 * rank - 1) + [width - features]))
     product = b("MatMul", x, b("Transpose", dense, perm=[1, 0]))
     if added is not None:
@@ -96,8 +96,8 @@ def quantized_embedding(t: Translator, node: fx.Node) -> ir.Value:
     b, indices = t.builder, t.value(node.args[0])
     dense, added, group_size = dense_weight(t, node)
     rows = b("Gather", dense, indices, axis=0)
-    width = int(dense.shape[1])  # type: ignore[index, arg-type]
-    rank = int(node.args[0].meta["val"].dim())  # type: ignore[union-attr]
+    width = int(dense.shape[1])
+    rank = int(node.args[0].meta["val"].dim())
     if added is not None:
         cut = b("Reshape", rows, b.ints([*[0] * rank, width // group_size, group_size]))
         more = b("Unsqueeze", b("Gather", added, indices, axis=0), b.ints([-1]))
@@ -183,7 +183,7 @@ def attention(t: Translator, node: fx.Node) -> ir.Value:
 
 def has_kernel(node: fx.Node) -> bool:
     """Whether TensorRT has a kernel for an attention: half precision, one head size, no soft cap, no sinks."""
-    query, key, value = (node.args[i].meta["val"] for i in range(3))  # type: ignore[union-attr]
+    query, key, value = (node.args[i].meta["val"] for i in range(3))
     half = query.dtype in (torch.float16, torch.bfloat16)
     plain = argument(node, "sinks") is None and not argument(node, "softcap")
     return half and plain and int(key.shape[3]) == int(value.shape[3]) and int(key.shape[3]) in HEAD_DIMS
@@ -193,7 +193,7 @@ def kv_cache_update(t: Translator, node: fx.Node) -> None:
     """The cache as later reads see it; the new entries and their slots become outputs of the graph."""
     b = t.builder
     cache, new, slots = node.args[:3]
-    name, held, entries, places = str(cache.target), t.value(cache), t.value(new), t.value(slots)  # type: ignore[union-attr]
+    name, held, entries, places = str(cache.target), t.value(cache), t.value(new), t.value(slots)
     capacity = b("Sub", b("Shape", held, start=2, end=3), b.ints([1]))
 
     def make() -> ir.Value:
@@ -201,10 +201,10 @@ def kv_cache_update(t: Translator, node: fx.Node) -> None:
         return b("Unsqueeze", written, b.ints([1, 3]))
 
     index = t.shared_value(("slots", places), make)
-    t.values[cache] = b("ScatterElements", held, b("Expand", index, b("Shape", entries)), entries, axis=2)  # type: ignore[index]
-    t.typed(t.values[cache], cache.meta["val"])  # type: ignore[union-attr, index]
+    t.values[cache] = b("ScatterElements", held, b("Expand", index, b("Shape", entries)), entries, axis=2)
+    t.typed(t.values[cache], cache.meta["val"])
     for part, value, source in (("new", entries, new), ("slots", places, slots)):
-        copy = t.typed(b("Identity", value), source.meta["val"])  # type: ignore[union-attr]
+        copy = t.typed(b("Identity", value), source.meta["val"])
         copy.name = f"{name}.{part}"
         t.extra_outputs.append(copy)
 

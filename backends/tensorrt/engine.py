@@ -73,7 +73,7 @@ class Engine:
         return {key: value for key, value in asdict(self).items() if key != "data"}
 
 
-class _Log(trt.ILogger):  # type: ignore[misc]
+class _Log(trt.ILogger):
     """Keeps what TensorRT says, instead of printing it."""
 
     def __init__(self) -> None:

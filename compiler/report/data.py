@@ -51,7 +51,7 @@ class WeightRow(TypedDict):
 
 
 class EstimateRow(TypedDict):
-    """A roofline estimate of one call: a lower bound on its time."""
+    """A roofline estimate of one call: the time of a machine that keeps nothing in its caches."""
 
     phase: str
     side: Side

@@ -98,7 +98,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def rate(row: EstimateRow) -> float:
-    """Tokens per second at most, by the estimate."""
+    """Tokens per second by the estimate."""
     return row["tokens"] / row["seconds"] if row["seconds"] else 0.0
 
 

@@ -81,7 +81,7 @@ def cards(report: Report) -> list[Card]:
     estimate = next((row for row in report.estimates if row["side"] == "after"), None)
     if estimate:
         rate = facts.per_second(facts.rate(estimate))
-        found.append(Card("Estimate", f"≤ {rate}", "tokens/s", f"{estimate['phase']}, roofline bound"))
+        found.append(Card("Estimate", f"≈ {rate}", "tokens/s", f"{estimate['phase']}, roofline"))
     if report.accuracy and report.accuracy.get("perplexity") is not None:
         original = report.accuracy.get("reference_perplexity")
         note = f"original {facts.figure(original)}" if original is not None else ""

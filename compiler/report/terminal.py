@@ -96,10 +96,10 @@ def _estimate(report: Report) -> Text:
     text = Text()
     for row in rows:
         rate = facts.per_second(facts.rate(row))
-        text.append(f"{row['phase']}: at most {rate} tokens/s ({facts.bound(row)} bound)\n")
+        text.append(f"{row['phase']}: about {rate} tokens/s ({facts.bound(row)} bound)\n")
     bandwidth = facts.scaled(report.target["bandwidth"], "B/s")
     peak = facts.scaled(report.target["flops"].get("float32", 0.0), "FLOP/s")
-    return text.append(f"roofline bound from {bandwidth} and {peak} float32, not a measurement", style="dim")
+    return text.append(f"roofline from {bandwidth} of memory and {peak} float32, not a measurement", style="dim")
 
 
 def _left(left: list[tuple[str, str]]) -> Table:

@@ -26,7 +26,6 @@ Index = Any
 LANES = 16
 """Rows of a weight tile, and floats in the widest vector; LLVM splits wider vectors than a machine has."""
 
-
 STACK = 1 << 15
 """Bytes of one scratch buffer that may lie on a thread's stack."""
 
@@ -45,10 +44,6 @@ class Flat:
     def vec(self, offset: Index, lanes: int = LANES) -> Any:
         """`lanes` consecutive elements as a vector."""
         return self.buffer[tirx.Ramp(offset, 1, lanes)] if lanes > 1 else self.buffer[offset]
-
-    def strided(self, offset: Index, stride: int, lanes: int = LANES) -> Any:
-        """Every `stride`-th element as a vector."""
-        return self.buffer[tirx.Ramp(offset, stride, lanes)]
 
     def put(self, offset: Index, value: Any, lanes: int = LANES) -> None:
         """Stores a vector of `lanes` elements, or one element."""

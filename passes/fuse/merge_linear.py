@@ -55,7 +55,7 @@ def _merge(editor: Editor, siblings: list[tuple[fx.Node, fx.Node]]) -> None:
     program = editor.program
     merged = [torch.cat([program.weight(weight) for _, weight in siblings])]
     if len(first.args) > 2:
-        merged.append(torch.cat([program.weight(node.args[2]) for node, _ in siblings]))  # type: ignore[arg-type]
+        merged.append(torch.cat([program.weight(node.args[2]) for node, _ in siblings]))
     stored = [editor.weight(f"{first_weight.target}_merged", tensor, before=first) for tensor in merged]
     product = editor.call(aten.linear.default, first.args[0], *stored, before=first)
     start = 0

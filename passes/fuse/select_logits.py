@@ -30,6 +30,7 @@ class SelectLogits(Pass):
     kind = "structural"
     requires = ("linear",)
     provides = ("selected_logits",)
+    after = ("kv_cache",)
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Inserts the gather in front of the vocabulary projection.

@@ -124,7 +124,7 @@ def empty_past(program: Program, batch: int) -> dict[str, Tensor]:
 def _past_specs(index: int, node: fx.Node) -> list[InputSpec]:
     specs = []
     for which, kind in ((1, "key"), (2, "value")):
-        value: Tensor = node.args[which].meta["val"]  # type: ignore[union-attr]
+        value: Tensor = node.args[which].meta["val"]
         shape = ("batch", int(value.shape[1]), "past", int(value.shape[3]))
         specs.append(InputSpec(f"past_{kind}_{index}", value.dtype, shape))
     return specs
@@ -143,7 +143,7 @@ def _masked_positions(editor: Editor, inputs: dict[str, fx.Node], start: fx.Node
     """Positions of queries [B, S] and keys [B, P + S] by counting tokens; -1 for padding."""
 
     def call(target: object, *args: object) -> fx.Node:
-        return editor.call(target, *args, before=start)  # type: ignore[arg-type]
+        return editor.call(target, *args, before=start)
 
     real = call(aten.ne.Scalar, inputs["key_mask"], 0)
     counted = call(aten.sub.Tensor, call(aten.cumsum.default, real, 1), 1)

@@ -122,7 +122,7 @@ class _Insertion:
         self.key_positions = self._call(aten.unsqueeze.default, key_positions, 0)
 
     def _call(self, target: object, *args: object, **kwargs: object) -> fx.Node:
-        return self.editor.call(target, *args, before=self._start, **kwargs)  # type: ignore[arg-type]
+        return self.editor.call(target, *args, before=self._start, **kwargs)
 
     def replace_positions(self, node: fx.Node, offset: int) -> None:
         """Lets what read a position expression read the input instead; padding reads position 0."""
@@ -198,7 +198,7 @@ def _cache_specs(program: Program, index: int, node: fx.Node) -> list[StateSpec]
     window = _ring_size(program, node)
     specs = []
     for which, name in ((1, "key_cache"), (2, "value_cache")):
-        value: Tensor = node.args[which].meta["val"]  # type: ignore[union-attr]
+        value: Tensor = node.args[which].meta["val"]
         slots: int | str = window + 1 if window else "capacity"
         shape = ("batch", int(value.shape[1]), slots, int(value.shape[3]))
         specs.append(StateSpec(f"{name}_{index}", value.dtype, shape))

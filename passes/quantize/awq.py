@@ -12,13 +12,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from graphwright import calibration, rounding, structure
-from graphwright.calibration import Channels, Stop
-from graphwright.folding import Site, fold_scale, scale_sites, value_of
+from graphwright import rounding
+from graphwright.calibration import Channels
+from graphwright.folding import Site
 from graphwright.pass_ import Context, Paper, PassResult
 from graphwright.program import Program
 from graphwright.rewrite import Editor
 from graphwright.rounding import Grid, Quantized
+from graphwright.scale_search import fold_chosen
 from graphwright.scheme import Scheme
 from graphwright.weight_quantizer import IntegerQuantizer
 
@@ -49,7 +50,8 @@ class Awq(IntegerQuantizer):
         Raises:
             PassError: see `WeightQuantizer.run`.
         """
-        strengths = self._fold(program, context)
+        with Editor(program, self.name, context.fuel) as editor:
+            strengths = fold_chosen(editor, context, self.rows, self._scale)
         result = super().run(program, context)
         return replace(result, notes={**result.notes, "strengths": strengths})
 
@@ -72,36 +74,14 @@ class Awq(IntegerQuantizer):
         rows = statistics.rows
         return rounding.output_error(weight, quantized.dense(), rows.t() @ rows)
 
-    def _fold(self, program: Program, context: Context) -> dict[str, float]:
-        """Folds the best scales of every site; returns each one's a."""
-        head = structure.head(program)
-        sites = [site for site in scale_sites(program) if head not in site.readers]
-        strengths: dict[str, float] = {}
-        with Editor(program, self.name, context.fuel) as editor:
-
-            def visit(index: int, collected: Channels) -> dict[object, Tensor]:
-                site = sites[index]
-                if editor.allow(site.source):
-                    strength, scale = self._scale(program, site, collected)
-                    strengths[site.source.name] = strength
-                    if strength:
-                        fold_scale(editor, site, scale)
-                return {}
-
-            stops = [Stop(site.source, f"{self.name} scales {site.source.name}") for site in sites]
-            batches = calibration.samples(program, context)
-            calibration.walk(program, batches, stops, self.collector, visit, context.progress)  # type: ignore[arg-type]
-        return strengths
-
-    def _scale(self, program: Program, site: Site, collected: Channels) -> tuple[float, Tensor]:
+    def _scale(self, site: Site, weights: list[Tensor], collected: Channels) -> tuple[float, Tensor | None]:
+        """The best a of a site, and its scales [free channels]; None for a = 0."""
         scheme, rows = self.scheme(), collected.rows
-        weights = [
-            value_of(program, operand).float().movedim(operand.axis, -1).flatten(0, -2) for operand in site.weights
-        ]
         stacked, moment = torch.cat(weights), rows.t() @ rows
         mean = site.shared_maximum(collected.mean).clamp(min=1e-4)
         place = site.free[1]
-        best, lowest = (0.0, torch.ones_like(mean)), float("inf")
+        best: tuple[float, Tensor | None] = (0.0, None)
+        lowest = float("inf")
         for step in range(self.steps):
             strength = step / self.steps
             scale = mean**strength
@@ -109,7 +89,7 @@ class Awq(IntegerQuantizer):
             dense = rounding.quantize(stacked * scale[place], scheme).dense() / scale[place]
             loss = rounding.output_error(stacked, dense, moment)
             if loss < lowest:
-                best, lowest = (strength, scale), loss
+                best, lowest = (strength, scale if step else None), loss
         return best
 
     def _chunks(self, wide: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:

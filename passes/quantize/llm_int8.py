@@ -55,7 +55,7 @@ class LlmInt8(Pass):
         """
         layers: dict[fx.Node, list[tuple[fx.Node, fx.Node]]] = {}
         for node, weight in structure.linears(program):
-            layers.setdefault(node.args[0], []).append((node, weight))  # type: ignore[arg-type]
+            layers.setdefault(node.args[0], []).append((node, weight))
         order = {node: place for place, node in enumerate(program.graph.nodes)}
         sources = sorted(layers, key=order.__getitem__)
         outliers: dict[fx.Node, Tensor] = {}

@@ -10,14 +10,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from graphwright import calibration, structure
-from graphwright.calibration import Channels, Stop
-from graphwright.folding import Site, fold_scale, scale_sites, value_of
+from graphwright.calibration import Channels
+from graphwright.folding import Site
 from graphwright.ops import quantize_dequantize
 from graphwright.pass_ import Context, Paper, Pass, PassResult
 from graphwright.program import Program
 from graphwright.rewrite import Editor
 from graphwright.rounding import quantize
+from graphwright.scale_search import fold_chosen
 from graphwright.scheme import Scheme
 
 ROWS = 256
@@ -54,26 +54,12 @@ class Smoothquant(Pass):
         Raises:
             PassError: there is nothing to calibrate on, or activations are not finite.
         """
-        head = structure.head(program)
-        sites = [site for site in scale_sites(program) if head not in site.readers]
-        strengths: dict[str, float] = {}
         with Editor(program, self.name, context.fuel) as editor:
-
-            def visit(index: int, collected: Channels) -> dict[object, Tensor]:
-                site = sites[index]
-                if editor.allow(site.source):
-                    strengths[site.source.name], scale = self._scale(program, site, collected)
-                    fold_scale(editor, site, scale)
-                return {}
-
-            stops = [Stop(site.source, f"{self.name} {site.source.name}") for site in sites]
-            batches = calibration.samples(program, context)
-            calibration.walk(program, batches, stops, lambda: Channels(ROWS), visit, context.progress)  # type: ignore[arg-type]
+            strengths = fold_chosen(editor, context, ROWS, self._scale)
         return PassResult(program, editor.sites, notes={"strengths": strengths})
 
-    def _scale(self, program: Program, site: Site, collected: Channels) -> tuple[float, Tensor]:
+    def _scale(self, site: Site, weights: list[Tensor], collected: Channels) -> tuple[float, Tensor]:
         """The best strength of a site, and its scales [free channels]."""
-        weights = [matrix_of(program, site, index) for index in range(len(site.weights))]
         largest_weight = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
         candidates = GRID if self.strength is None else (self.strength,)
         if len(candidates) == 1:
@@ -91,12 +77,6 @@ class Smoothquant(Pass):
         activation = site.shared_maximum(largest).clamp(min=1e-5)
         weight = site.shared_maximum(largest_weight).clamp(min=1e-5)
         return activation**strength / weight ** (1 - strength)
-
-
-def matrix_of(program: Program, site: Site, index: int) -> Tensor:
-    """The weight of a site's reader, float32 [outputs, K]; the experts of a grouped layer stand below each other."""
-    operand = site.weights[index]
-    return value_of(program, operand).float().movedim(operand.axis, -1).flatten(0, -2)
 
 
 def _loss(rows: Tensor, weight: Tensor, expected: Tensor, scale: Tensor) -> float:

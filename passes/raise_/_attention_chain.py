@@ -80,7 +80,7 @@ def _written_out(program: Program, root: fx.Node, softmax: fx.Node, sliced: bool
     if (scores.sinks is not None) != sliced:
         raise RefusedError("a column of its weights is cut off, or added, and not the other")
     return Chain(
-        root, product.args[0], product.args[1], root.args[1], scores.factor, scores.softcap,  # type: ignore[arg-type]
+        root, product.args[0], product.args[1], root.args[1], scores.factor, scores.softcap,
         transposed=True, terms=scores.terms[::-1], sinks=scores.sinks,
     )  # fmt: skip
 
@@ -112,7 +112,7 @@ def _weights(root: fx.Node) -> tuple[fx.Node | None, bool]:
         raise RefusedError("its softmax runs over another dimension than the keys")
     if any(len(user.users) > 1 for user in (*passed, node)):
         raise RefusedError("its weights are used elsewhere")
-    if any(n.target is aten.expand.default and shape(n) != shape(n.args[0]) for n in passed):  # type: ignore[arg-type]
+    if any(n.target is aten.expand.default and shape(n) != shape(n.args[0]) for n in passed):
         raise RefusedError("its weights are broadcast")
     if any(n.target is aten.reshape.default and not merges_heads(n) for n in passed):
         raise RefusedError("its weights are reshaped")

@@ -69,4 +69,4 @@ def is_last(node: fx.Node, dim: int) -> bool:
 def merges_heads(node: fx.Node) -> bool:
     """Whether a reshape leaves the last two dimensions alone: [B, H, S, T] to or from [B*H, S, T]."""
     source = node.args[0]
-    return shape(node)[-2:] == shape(source)[-2:]  # type: ignore[arg-type]
+    return shape(node)[-2:] == shape(source)[-2:]

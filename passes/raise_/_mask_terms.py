@@ -60,7 +60,7 @@ def _parts(program: Program, node: fx.Node) -> tuple[list[Leaf], list[fx.Node]] 
     target = node.target
     if target is aten.add.Tensor and argument(node, "alpha") == 1:
         rest = node.args[:2]
-        return ([], list(rest)) if all(isinstance(n, fx.Node) for n in rest) else None  # type: ignore[arg-type]
+        return ([], list(rest)) if all(isinstance(n, fx.Node) for n in rest) else None
     if target is aten.expand.default or (target is aten.to.dtype and _is_float(node.args[0])):
         return [], [node.args[0]]  # type: ignore[list-item]
     if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):

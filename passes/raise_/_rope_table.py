@@ -57,19 +57,22 @@ class Tables:
         integers = [n for n in _ancestors(angle) if n in self.domain and _is_positions(n)]
         if not integers:
             return "no integer positions are found behind the table"
-        values = evaluate(self.program, [cos, sin, angle, *integers], batch=2, sequence=SEQUENCE)
-        c, s, angles, *candidates = values
-        if c.is_complex():
-            c, s = c.real, c.imag
+        wanted = [cos, sin, angle, _unrounded(cos), _unrounded(sin), *integers]
+        c, s, angles, *exact = evaluate(self.program, wanted, batch=2, sequence=SEQUENCE)
+        candidates = exact[2:]
+        scaling = _radius(*_parts(*exact[:2]))
+        c, s = _parts(c, s)
         length = angles.shape[-2]
         c, s, angles = (v.float().reshape(-1, length, v.shape[-1])[0] for v in (c, s, angles))
         for node, candidate in zip(integers, candidates, strict=True):
-            found = self._fit(node, candidate[0], angles, c, s) if candidate.shape[-1] == length else None
+            found = self._fit(node, candidate[0], angles, c, s, scaling) if candidate.shape[-1] == length else None
             if found is not None:
                 return found
         return "the table is not cos and sin of position * frequency"
 
-    def _fit(self, node: fx.Node, positions: Tensor, angles: Tensor, c: Tensor, s: Tensor) -> Table | None:
+    def _fit(
+        self, node: fx.Node, positions: Tensor, angles: Tensor, c: Tensor, s: Tensor, scaling: float
+    ) -> Table | None:
         ones = (positions == 1).nonzero()
         if ones.numel() == 0:
             return None
@@ -79,7 +82,6 @@ class Tables:
         width = inv_freq.shape[0]
         if width % 2 == 0 and torch.equal(inv_freq[: width // 2], inv_freq[width // 2 :]):
             inv_freq = inv_freq[: width // 2]
-        scaling = float((c[0].square() + s[0].square()).sqrt().mean())
         doubled = c.shape[1] == 2 * inv_freq.shape[0]
         layout = torch.cat([inv_freq, inv_freq]) if doubled else inv_freq
         if c.shape[1] != layout.shape[0]:
@@ -97,6 +99,20 @@ class Tables:
         return ""
 
 
+def _unrounded(table: fx.Node) -> fx.Node:
+    """The table before it was cast to the dtype of a narrow model."""
+    wide = (torch.float32, torch.complex64)
+    return next((n for n in _ancestors(table) if getattr(n.meta["val"], "dtype", None) in wide), table)
+
+
+def _parts(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return (cos.real, cos.imag) if cos.is_complex() else (cos, sin)
+
+
+def _radius(cos: Tensor, sin: Tensor) -> float:
+    return float((cos.float().square() + sin.float().square()).sqrt().mean())
+
+
 def _round(scaling: float) -> float:
     return 1.0 if abs(scaling - 1.0) < 1e-6 else scaling
 
@@ -109,7 +125,7 @@ def _is_positions(node: fx.Node) -> bool:
 def _angle(table: fx.Node) -> fx.Node | None:
     for node in _ancestors(table):
         if node.target in ANGLE_SOURCES:
-            angle = node.args[ANGLE_SOURCES[node.target]]  # type: ignore[index]
+            angle = node.args[ANGLE_SOURCES[node.target]]
             return angle if isinstance(angle, fx.Node) else None
     return None
 

@@ -150,7 +150,7 @@ class _Scaled:
     def strip(self) -> None:
         """Takes the multiplication out of the graph."""
         if self.product is not None:
-            self.product.replace_all_uses_with(self.product.args[0])  # type: ignore[arg-type]
+            self.product.replace_all_uses_with(self.product.args[0])
 
 
 def _unscaled(program: Program, part: fx.Node) -> _Scaled:

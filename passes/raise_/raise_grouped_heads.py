@@ -43,7 +43,7 @@ class RaiseGroupedHeads(Pass):
         misses = []
         with Editor(program, self.name, context.fuel) as editor:
             for node in program.calls(attention.target):
-                key, value = (copies(node.args[i], 1) for i in (1, 2))  # type: ignore[arg-type]
+                key, value = (copies(node.args[i], 1) for i in (1, 2))
                 if key is None and value is None:
                     continue
                 if key is None or value is None or key.heads != value.heads:
@@ -77,7 +77,7 @@ def copies(node: fx.Node, axis: int) -> Copies | None:
             source, heads, squeeze = found
             return Copies(source, heads, squeeze, tuple(later))
         if node.target is aten.transpose.int:
-            dims: list[int] = [dim % rank(node) for dim in node.args[1:]]  # type: ignore[operator, misc]
+            dims: list[int] = [dim % rank(node) for dim in node.args[1:]]  # type: ignore[misc]
             axis = dims[1 - dims.index(axis)] if axis in dims else axis
         elif node.target is aten.permute.default:
             axis = argument(node, "dims")[axis] % rank(node)
@@ -124,7 +124,7 @@ def _same_but(one: fx.Node, other: fx.Node, axis: int) -> bool:
 
 
 def _is_idle_reshape(node: fx.Node) -> bool:
-    return node.target is aten.reshape.default and shape(node) == shape(node.args[0])  # type: ignore[arg-type]
+    return node.target is aten.reshape.default and shape(node) == shape(node.args[0])
 
 
 def _without(editor: Editor, found: Copies, before: fx.Node) -> fx.Node:
@@ -134,5 +134,5 @@ def _without(editor: Editor, found: Copies, before: fx.Node) -> fx.Node:
         node = editor.call(aten.squeeze.dim, node, found.squeeze, before=before)
     for later in reversed(found.later):
         if not _is_idle_reshape(later):
-            node = editor.call(later.target, node, *later.args[1:], before=before, **later.kwargs)  # type: ignore[arg-type]
+            node = editor.call(later.target, node, *later.args[1:], before=before, **later.kwargs)
     return node

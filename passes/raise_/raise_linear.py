@@ -57,7 +57,7 @@ def _raise(
 def _origin(weight: fx.Node) -> tuple[fx.Node | None, bool]:
     """The weight matrix behind a factor, and whether the factor is its transpose."""
     flipped = weight.target in TRANSPOSES and weight.meta["val"].dim() == 2
-    if flipped and weight.target is aten.permute.default and list(weight.args[1]) not in ([1, 0], [-1, -2]):  # type: ignore[arg-type]
+    if flipped and weight.target is aten.permute.default and list(weight.args[1]) not in ([1, 0], [-1, -2]):
         return None, False
     source = weight.args[0] if flipped else weight
     if not isinstance(source, fx.Node) or source.op != "get_attr" or source.meta["val"].dim() != 2:

@@ -90,7 +90,7 @@ class _Reading:
         Raises:
             UnknownMaskError: it holds a mask, or what looks like one, that is not understood.
         """
-        probe = Probe(self.program, node.args[0], node.args[1])  # type: ignore[arg-type]
+        probe = Probe(self.program, node.args[0], node.args[1])
         leaves = tuple(split(self.program, argument(node, "bias"), lambda leaf: self._is_mask(probe, leaf)))
         key = (leaves, probe.pads_queries, probe.pads_keys)
         if key not in self._known:
@@ -219,4 +219,4 @@ class _Raising:
         return next(n for n in nodes if spec is not None and n.target == spec.name)
 
     def _call(self, target: object, *args: object, **kwargs: object) -> fx.Node:
-        return self.editor.call(target, *args, before=self.start, **kwargs)  # type: ignore[arg-type]
+        return self.editor.call(target, *args, before=self.start, **kwargs)

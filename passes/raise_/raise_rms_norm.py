@@ -44,13 +44,17 @@ def _is_gain(node: fx.Node) -> bool:
 
 
 def _normed() -> Pattern:
-    wide = maybe_cast(Var("x"))
+    x = Var("x")
+    wide = maybe_cast(x)
     variance = call(aten.mean.dim, either(wide**2, wide * wide), [-1], True) + Const("eps")
-    return wide * either(call(aten.rsqrt.default, variance), call(aten.pow.Tensor_Scalar, variance, -0.5))
+    inverse = either(call(aten.rsqrt.default, variance), call(aten.pow.Tensor_Scalar, variance, -0.5))
+    return either(wide * inverse, x * inverse)  # T5 leaves the cast of the first factor to type promotion
 
 
 def _check(found: Match) -> str | None:
     x, result = found["x"].meta["val"], found.root.meta["val"]
+    if x.dtype == torch.float64:
+        return "it computes in float64, and the op in float32"
     gain = found.get("weight")
     if gain is not None and str(gain.meta["val"].shape[0]) != str(x.shape[-1]):
         return "the gain is not as long as the normalised dimension"
@@ -69,7 +73,7 @@ def _builder(unit_offset: bool) -> Callable[[Editor, Match], fx.Node]:
 
 
 def _check_aten(found: Match) -> str | None:
-    return None if len(found["shape"]) == 1 else "it normalises over several dimensions"
+    return _check(found) if len(found["shape"]) == 1 else "it normalises over several dimensions"
 
 
 _GAIN = Var("weight", _is_gain)

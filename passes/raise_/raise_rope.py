@@ -51,11 +51,16 @@ class RaiseRope(Pass):
 
 def _part(x: Pattern, which: int) -> Pattern:
     """The first or second half of the last dimension, sliced or split."""
-    bounds = (0, Const("_end")) if which == 0 else (Const("_start"), END)
+    half = Const("half")
+    bounds = (0, half) if which == 0 else (half, END)
     slices = [call(aten.slice.Tensor, x, dim, *bounds) for dim in (3, -1)]
     splits = [
-        call(operator.getitem, call(target, x, Const("_sizes"), dim), which)
-        for target in (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+        call(operator.getitem, call(target, x, sizes, dim), which)
+        for target, sizes in (
+            (aten.split.Tensor, half),
+            (aten.split_with_sizes.default, [half, half]),
+            (aten.chunk.default, 2),
+        )
         for dim in (3, -1)
     ]
     return either(*slices, *splits)
@@ -82,7 +87,9 @@ def _halves_apart(first: Pattern, second: Pattern) -> Pattern:
 
 def _complex() -> Pattern:
     pairs = call(aten.view_as_complex.default, call(aten.reshape.default, _X, Const("_pairs")))
-    return call(aten.reshape.default, call(aten.view_as_real.default, pairs * _COS), Const("_shape"))
+    turned = call(aten.view_as_real.default, pairs * _COS)
+    flat = [call(aten.flatten.using_ints, turned, dim) for dim in (3, -2)]
+    return either(call(aten.reshape.default, turned, Const("_shape")), *flat)
 
 
 def _half(editor: Editor, found: Match, x: fx.Node, table: Table) -> fx.Node:
@@ -131,8 +138,14 @@ def _unfit(found: Match, table: Table) -> str | None:
     x, cos = found["x"].meta["val"], found["cos"].meta["val"]
     if x.dim() != 4 or cos.dim() != 4 or "1" not in (str(cos.shape[1]), str(cos.shape[2])):
         return "x and the table are not [batch, heads, sequence, head_dim]"
+    if str(found.root.meta["val"].shape) != str(x.shape):
+        return "the result has another shape than x"
     rotary = 2 * table.inv_freq.shape[0]
-    return None if str(x.shape[-1]) == str(rotary) else f"x has {x.shape[-1]} channels and the table turns {rotary}"
+    if str(x.shape[-1]) != str(rotary):
+        return f"x has {x.shape[-1]} channels and the table turns {rotary}"
+    if found.get("half") not in (None, rotary // 2):
+        return f"x is cut at channel {found['half']}, not in halves"
+    return "it computes in float64, and the op in float32" if x.dtype == torch.float64 else None
 
 
 def _absorb_partial(editor: Editor, node: fx.Node) -> None:
@@ -156,6 +169,6 @@ FORMS = (
     (_halves_at_once(), _half, (aten.add.Tensor,)),
     (_halves_apart(_part(_X, 0), _part(_X, 1)), _half, (aten.cat.default,)),
     (_halves_apart(_strided(_X, 0), _strided(_X, 1)), _deinterleaved, (aten.cat.default,)),
-    (_complex(), _interleaved, (aten.reshape.default,)),
+    (_complex(), _interleaved, (aten.reshape.default, aten.flatten.using_ints)),
 )
 """Pattern, builder and root ops of each spelling."""

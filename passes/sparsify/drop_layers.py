@@ -142,9 +142,16 @@ def _points(program: Program) -> list[fx.Node]:
     chain.reverse()
     sums = [node for node in chain if node.target is aten.add.Tensor]
     first = max((node for node in chain if node not in sums and not _behind(node, sums)), key=chain.index)
-    points = [first, *sums]
-    like = points[-1].meta["val"]
+    like = first.meta["val"]
+    points = [first, *(_unflattened(chain, node, like) for node in sums)]
     return [p for p in points if p.meta["val"].shape == like.shape and p.meta["val"].dtype == like.dtype]
+
+
+def _unflattened(chain: list[fx.Node], node: fx.Node, like: Tensor) -> fx.Node:
+    """A sum, or its view with the stream's shape where the model adds in another shape, as OPT does."""
+    following = chain[chain.index(node) + 1] if node is not chain[-1] else node
+    is_view = following.target in (aten.view.default, aten.reshape.default)
+    return following if is_view and following.meta["val"].shape == like.shape else node
 
 
 def _behind(node: fx.Node, sums: list[fx.Node]) -> bool:

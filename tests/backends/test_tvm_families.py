@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from families.cache import captured
+from torch import nn
 
 from graphwright.backend import choose, coverage
 from graphwright.backends.inductor import BACKEND as INDUCTOR
 from graphwright.backends.tvm import BACKEND
+from graphwright.capture import capture
 from graphwright.errors import BackendError
 from graphwright.manager import PassManager, plan_passes
 from graphwright.pass_ import Context
@@ -121,6 +123,32 @@ def test_a_dispatch_of_experts_is_left_to_inductor():
 def test_what_it_cannot_lower_is_named():
     _, passed_over = choose(rewritten("llama", "bf16"), CPU, [BACKEND, INDUCTOR])
     assert "computes in float32" in passed_over["tvm"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "weights", "taken"), [(32, 32, True), (16, 32, True), (32, 16, False), (0, 32, True)]
+)
+def test_activations_share_a_step_within_a_group_of_weights_only(codes, weights, taken):
+    rounding = {"bits": 4, "group_size": weights, "head_bits": 0}
+    recipe = {"passes": ["static_cache", {"rtn": rounding}, {"activations": {"group_size": codes}}]}
+    assert (not coverage(rewritten("llama", recipe), BACKEND, CPU).fallbacks) == taken
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "reason"),
+    [
+        (nn.Conv2d(3, 4, 3), (2, 3, 8, 8), "no fast kernel for conv2d"),
+        (nn.LayerNorm((5, 6)), (2, 5, 6), "more than the last dimension"),
+        (nn.Linear(4, 3).double(), (2, 4), "computes in float32"),
+    ],
+    ids=lambda given: type(given).__name__,
+)
+def test_plain_modules_that_it_declines(module, shape, reason):
+    program = capture(module, (torch.randn(shape, dtype=next(module.parameters()).dtype),))
+    program = PassManager(Context(CPU), verify=False).run(program, plan_passes(Recipe.load("none"), program))
+    chosen, passed_over = choose(program, CPU, [BACKEND, INDUCTOR])
+    assert chosen is INDUCTOR
+    assert reason in passed_over["tvm"]
 
 
 def test_a_forced_backend_refuses_with_the_node(tmp_path):

@@ -73,6 +73,7 @@ def test_plan_adds_what_is_required_and_orders_it():
         ("raise_rope", "static_cache"),
         ("raise_linear", "merge_linear"),
         ("merge_linear", "rtn"),
+        ("static_cache", "select_logits"),
     ):
         assert plan.index(earlier) < plan.index(later)
 

@@ -105,6 +105,16 @@ def test_quantization_cuts_the_bytes_of_a_decode_step():
     assert moved[1] < 0.45 * moved[0]
 
 
+def test_products_of_codes_have_the_rate_of_integers():
+    _, program = captured("llama")
+    dtypes = {}
+    for name in ("int8", "int8-dynamic"):
+        recipe = Recipe.load(name)
+        rewritten = PassManager(Context(CPU)).run(program, plan_passes(recipe, program))
+        dtypes[name] = {cost.dtype for cost in node_costs(rewritten) if cost.op == "quantized_linear"}
+    assert dtypes == {"int8": {"float32"}, "int8-dynamic": {"int8"}}
+
+
 def test_clean_leaves_one_spelling():
     class Noisy(torch.nn.Module):
         def forward(self, x):

@@ -4,31 +4,37 @@ from torch import fx
 
 from graphwright.match import argument
 
-RAISED: dict[str, dict[str, int]] = {
-    "llama": {"attention": 2},
-    "gpt2": {"attention": 2},
-    "opt": {"attention": 2},
-    "qwen2": {"attention": 2},
-    "qwen3": {"attention": 2},
-    "mistral": {"attention": 2},
-    "gemma2": {"attention": 2},
-    "gemma3": {"attention": 3},
-    "phi3": {"attention": 2},
-    "mixtral": {"attention": 2},
-    "qwen2_moe": {"attention": 2},
-    "qwen3_moe": {"attention": 3},
-    "deepseek_v2": {"attention": 3},
-    "deepseek_v3": {"attention": 3},
-    "gpt_neox": {"attention": 2},
-    "falcon": {"attention": 2},
-    "falcon_alibi": {"attention": 2},
-    "falcon_grouped": {"attention": 2},
-    "bloom": {"attention": 2},
-    "gpt_oss": {"attention": 2},
-    "bert": {"attention": 2},
-    "t5": {"attention": 6},
+OPS = ("attention", "rope", "rms_norm", "gated_activation", "linear", "grouped_linear")
+
+RAISED: dict[str, tuple[int, ...]] = {
+    "llama": (2, 4, 5, 2, 15, 0),
+    "gpt2": (2, 0, 0, 0, 9, 0),
+    "opt": (2, 0, 0, 0, 13, 0),
+    "qwen2": (2, 4, 5, 2, 15, 0),
+    "qwen3": (2, 4, 9, 2, 15, 0),
+    "mistral": (2, 4, 5, 2, 15, 0),
+    "gemma2": (2, 4, 9, 2, 15, 0),
+    "gemma3": (3, 6, 19, 3, 22, 0),
+    "phi3": (2, 4, 5, 2, 9, 0),
+    "mixtral": (2, 4, 5, 2, 11, 4),
+    "qwen2_moe": (2, 4, 5, 4, 19, 4),
+    "qwen3_moe": (3, 6, 13, 3, 18, 4),
+    "deepseek_v2": (3, 6, 13, 5, 27, 4),
+    "deepseek_v3": (3, 6, 13, 5, 27, 4),
+    "gpt_neox": (2, 4, 0, 0, 9, 0),
+    "falcon": (2, 4, 0, 0, 9, 0),
+    "falcon_alibi": (2, 0, 0, 0, 9, 0),
+    "falcon_grouped": (2, 4, 0, 0, 9, 0),
+    "bloom": (2, 0, 0, 0, 9, 0),
+    "gpt_oss": (2, 4, 5, 0, 11, 4),
+    "bert": (2, 0, 0, 0, 14, 0),
+    "t5": (6, 0, 12, 0, 33, 0),
 }
-"""Number of semantic ops by family and op."""
+"""How many of each of `OPS` a family's program holds once everything is raised.
+
+Families with other norms and activations hold layer_norm and gelu instead, which are ATen ops already. A gated expert of
+GPT-OSS clamps its halves, which is no gated_activation.
+"""
 
 _CAUSAL = "causal, padding"
 

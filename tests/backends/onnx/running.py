@@ -27,6 +27,8 @@ WEIGHTS = {
     "int4": [{"rtn": {"bits": 4, "group_size": 32}}],
     "int4-symmetric": [{"rtn": {"bits": 4, "group_size": 16, "symmetric": True}}],
     "int8-grouped": [{"rtn": {"bits": 8, "group_size": 32, "head_bits": 4, "embedding_bits": 0}}],
+    "fp8-e4m3-activations": [{"rtn": {"bits": 8}}, {"activations": {"format": "fp8_e4m3"}}],
+    "fp8-e5m2-activations": [{"rtn": {"bits": 8}}, {"activations": {"format": "fp8_e5m2"}}],
     "int8-dynamic": [{"rtn": {"bits": 8, "group_size": 0, "symmetric": True}}, "activations"],
 }
 """Passes in front of the caches, by a short name."""
