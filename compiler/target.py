@@ -2,6 +2,7 @@
 
     Target.parse("cpu")             the machine at hand
     Target.parse("cuda:sm_90")      a GPU by its architecture
+    Target.parse("tensorrt:sm_89")  the same GPU, through TensorRT engines
 
 Peak rates are the vendors' dense figures for one device and serve estimates only; for `cpu` they come from the
 number of cores and the instruction set found here.
@@ -9,7 +10,7 @@ number of cores and the instruction set found here.
 
 import functools
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -24,7 +25,7 @@ class Target:
 
     Attributes:
         name: as the user writes it.
-        kind: `cpu`, `cuda` or `rocm`.
+        kind: `cpu`, `cuda`, `rocm`, or `tensorrt` for NVIDIA GPUs through its engines.
         arch: `x86_64`, `aarch64`, `sm_90`, `gfx942` …
         features: instruction set extensions that matter to kernels.
         memory_bytes: device memory.
@@ -46,7 +47,12 @@ class Target:
     @property
     def here(self) -> bool:
         """Whether programs for this target run on this machine."""
-        return self.kind == "cpu" or self.name == local_gpu()
+        return self.kind == "cpu" or self.gpu == local_gpu()
+
+    @property
+    def gpu(self) -> str:
+        """The GPU as `local_gpu` names it, whatever compiles for it."""
+        return f"cuda:{self.arch}" if self.kind == "tensorrt" else self.name
 
     @staticmethod
     def parse(text: str) -> "Target":
@@ -59,6 +65,13 @@ class Target:
             return host()
         if text in GPUS:
             return GPUS[text]
+        if text == "tensorrt" and f"tensorrt:{(local_gpu() or '').partition(':')[2]}" in GPUS:
+            return GPUS[f"tensorrt:{(local_gpu() or '').partition(':')[2]}"]
+        if text == "tensorrt":
+            raise TargetError(
+                "Target tensorrt is this machine's GPU, and there is none that TensorRT-RTX builds for",
+                fix=f"Name the architecture: {', '.join(TENSORRT)}",
+            )
         raise TargetError(f"Unknown target {text!r}", fix=nearest(text, known_targets()))
 
 
@@ -111,6 +124,11 @@ GPUS = {
         _gpu("rocm:gfx1100", 24, 0.96, 123, 123),
     )
 }
+TENSORRT = {
+    f"tensorrt:{arch}": replace(GPUS[f"cuda:{arch}"], name=f"tensorrt:{arch}", kind="tensorrt", backends=("tensorrt",))
+    for arch in ("sm_80", "sm_89", "sm_120")
+}
+GPUS |= TENSORRT
 """GPU targets: memory in GiB, bandwidth in TB/s, dense fp16, int8 and fp8 rates in tera-operations per second."""
 
 CPU_FEATURES = (

@@ -122,6 +122,10 @@ def _cumsum(t: Translator, self: ir.Value, dim: int, dtype: Any = None) -> ir.Va
     return t.builder("CumSum", _cast(t, self, _result(t)), t.builder.scalar(dim, ir.DataType.INT64))
 
 
+def _extreme(op_type: str) -> Translation:
+    return lambda t, self, dim, keepdim=False: t.builder(op_type, self, t.builder.ints(dim), keepdims=int(keepdim))
+
+
 def _layer_norm(
     t: Translator,
     input: ir.Value,
@@ -317,6 +321,10 @@ ATEN: dict[Callable[..., Any], Translation] = {
     aten.logical_not.default: _unary("Not"),
     aten.ne.Scalar: _not_equal,
     aten.ge.Scalar: _comparison("GreaterOrEqual"),
+    aten.gt.Tensor: _comparison("Greater"),
+    aten.logical_and.default: lambda t, self, other: t.builder("And", self, other),
+    aten.amin.default: _extreme("ReduceMin"),
+    aten.amax.default: _extreme("ReduceMax"),
     aten.clamp.default: _clamp,
     aten.where.ScalarOther: _where,
     aten.masked_fill.Scalar: _masked_fill,

@@ -5,6 +5,7 @@ y = builder("Mul", x, builder.scalar(2.0, x.dtype))
 y.shape, y.dtype                     # known at once where onnx_ir can tell, else after shape inference
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,9 @@ class Builder:
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
         self._weights: dict[str, ir.Value] = {}
         self.domains: set[str] = {""}
+        self.scope = ""
+        """Node of the program that is being translated; the names of what it becomes begin with it."""
+        self._numbers = itertools.count()
 
     def __call__(
         self, op_type: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1, **attributes: Any
@@ -49,9 +53,10 @@ class Builder:
         """A new node; its value, or a tuple of them if `outputs` is not one. Attributes of None are left out."""
         given = {key: value for key, value in attributes.items() if value is not None}
         self.domains.add(domain)
+        name = f"{self.scope}/{op_type}_{next(self._numbers)}"
         if outputs == 1:
-            return self._tape.op(op_type, inputs, given, domain=domain)
-        return tuple(self._tape.op_multi_out(op_type, inputs, given, num_outputs=outputs, domain=domain))
+            return self._tape.op(op_type, inputs, given, domain=domain, name=name)
+        return tuple(self._tape.op_multi_out(op_type, inputs, given, num_outputs=outputs, domain=domain, name=name))
 
     def constant(self, value: Any, dtype: ir.DataType) -> ir.Value:
         """A constant of any shape; equal ones are one."""

@@ -31,8 +31,8 @@ from graphwright.pass_ import Pass
 from graphwright.program import Program
 from graphwright.recipe import Recipe, make_pass
 
-CARRIED = ("int8", "int4")
-"""Weight formats that have a form in ONNX."""
+CARRIED = {"ort": ("int8", "int4"), "standard": ("int8", "int4"), "tensorrt": ("int8", "int4", "fp8_e4m3")}
+"""Weight formats that each profile has a form for."""
 
 REPLACED = {"kv_cache", "selected_logits"}
 """Properties whose passes give way to explicit caches and the logits of every token."""
@@ -128,9 +128,12 @@ def _refuse_format(one: Pass, options: OnnxOptions) -> None:
 
 
 def _require_carried(format: str, options: OnnxOptions, where: str = "") -> None:
-    if format not in CARRIED:
+    carried = CARRIED[options.profile]
+    if format not in carried:
         raise RecipeError(
-            f"ONNX cannot carry weights of format {format}", where=where, fix=f"It carries {', '.join(CARRIED)}"
+            f"Profile {options.profile} of ONNX cannot carry weights of format {format}",
+            where=where,
+            fix=f"It carries {', '.join(carried)}",
         )
     narrow = options.profile == "standard" and options.opset < FOUR_BIT_OPSET and not options.wide_codes
     if format == "int4" and narrow:

@@ -19,6 +19,7 @@ from graphwright.backends.onnx.ort import ORT
 from graphwright.backends.onnx.quantized import QUANTIZED
 from graphwright.backends.onnx.semantic import SEMANTIC
 from graphwright.backends.onnx.translate import SIZES, OfNode, Translation, Translator
+from graphwright.backends.onnx.trt import TENSORRT
 from graphwright.errors import BackendError
 from graphwright.program import Program
 
@@ -31,7 +32,8 @@ INLINE_BYTES = 1024
 def tables(options: OnnxOptions) -> list[Mapping[Any, Translation | OfNode]]:
     """The translations of a profile, the preferred ones first."""
     standard: list[Mapping[Any, Translation | OfNode]] = [SEMANTIC, QUANTIZED, ATEN, SIZES]
-    return [ORT, *standard] if options.profile == "ort" else standard
+    own: dict[str, list[Mapping[Any, OfNode]]] = {"ort": [ORT], "tensorrt": [TENSORRT], "standard": []}
+    return [*own[options.profile], *standard]
 
 
 def build(program: Program, options: OnnxOptions) -> ir.Model:

@@ -60,7 +60,7 @@ def attention(t: Translator, node: fx.Node) -> ir.Value:
     sinks, dtype = argument(node, "sinks"), t.value(node.args[0]).dtype
     mask = semantic.mask(t, node)
     if dtype != ir.DataType.FLOAT:
-        mask = t.shared_value(("narrow mask", mask, dtype), lambda: _narrow(t, mask, dtype))
+        mask = t.shared_value(("narrow mask", mask, dtype), lambda: semantic.narrow_mask(t, mask, dtype))
     result, *present = b(
         "GroupQueryAttention",
         *rows,
@@ -84,11 +84,6 @@ def attention(t: Translator, node: fx.Node) -> ir.Value:
         t.values[one] = t.typed(made, one.meta["val"])
     per_head = b("Reshape", result, b.ints([0, 0, heads, width]))
     return b("Transpose", per_head, perm=[0, 2, 1, 3])
-
-
-def _narrow(t: Translator, mask: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """A mask in a dtype whose numbers do not reach as far down."""
-    return t.builder("Cast", t.builder("Max", mask, t.builder.scalar(-6e4, ir.DataType.FLOAT)), to=dtype)
 
 
 def _rows(t: Translator, x: ir.Value, features: int) -> ir.Value:
@@ -173,16 +168,16 @@ def _per_block(values: Tensor, repeats: int, blocks: int) -> Tensor:
 
 
 def quantized_linear(t: Translator, node: fx.Node) -> ir.Value:
-    """MatMulNBits."""
+    """MatMulNBits; for 8-bit codes only where activations may be rounded, as it is a hundred times slower otherwise."""
     x, bias = t.value(node.args[0]), argument(node, "bias")
     weight, scale, zero_point = (t.tensor(argument(node, name)) for name in ("weight", "scale", "zero_point"))
     format, group_size = argument(node, "format"), argument(node, "group_size")
     name = str(argument(node, "weight").target)
     assert weight is not None and scale is not None  # noqa: S101, PT018
-    if not block_size(scale.shape[1], group_size):
+    bits = packing.FORMATS[format].bits
+    if not block_size(scale.shape[1], group_size) or (bits == 8 and not t.options.integer_products):
         return plain_linear(t, node)
     features, outputs = int(node.args[0].meta["val"].shape[-1]), int(weight.shape[0])
-    bits = packing.FORMATS[format].bits
     b = t.builder
     codes, scales, points, block = blocked(weight, scale, zero_point, format, group_size, features)
     whole = torch.equal(points, points.round())

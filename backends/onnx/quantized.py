@@ -35,7 +35,7 @@ def dequantized(t: Translator, node: fx.Node) -> tuple[ir.Value, int]:
         zero = _stored(t, f"{name}_codes_zero", points.reshape(-1), format) if points.any() else None
         scales = b.weight(f"{name}_codes_scale", scale.float().reshape(-1))
         rows = b("DequantizeLinear", stored, scales, zero, axis=0)
-        return b("Reshape", rows, b.ints([outputs, groups * group_size]))
+        return rows if groups == 1 else b("Reshape", rows, b.ints([outputs, groups * group_size]))
 
     made: ir.Value = t.shared_value(("dequantized", name), make)
     return made, groups * group_size
@@ -61,16 +61,23 @@ def _stored(t: Translator, name: str, codes: Tensor, format: str) -> ir.Value:
 
 
 def quantized_linear(t: Translator, node: fx.Node) -> ir.Value:
-    """The product with the dequantized weight, whose padding is cut off."""
+    """The product with the dequantized weight, whose padding is cut off.
+
+    Gemm reads the weight as it lies. A transposition would cost runtimes a copy for each call, and lets ONNX Runtime
+    fuse the pair into a product that rounds activations too.
+    """
     b, x, bias = t.builder, t.value(node.args[0]), argument(node, "bias")
     features = int(node.args[0].meta["val"].shape[-1])
+    outputs = int(node.meta["val"].shape[-1])
     weight, width = dequantized(t, node)
     if width != features:
         weight = b("Slice", weight, b.ints([0]), b.ints([features]), b.ints([1]))
     if x.dtype != ir.DataType.FLOAT:
         weight = b("Cast", weight, to=x.dtype)
-    product = b("MatMul", x, b("Transpose", weight, perm=[1, 0]))
-    return product if bias is None else b("Add", product, t.value(bias))
+    rows = t.shared_value(("rows", x), lambda: b("Reshape", x, b.ints([-1, features])))
+    product = b("Gemm", rows, weight, t.value(bias) if bias is not None else None, transB=1)
+    leading = t.shared_value(("leading", x), lambda: b("Shape", x, start=0, end=-1))
+    return b("Reshape", product, b("Concat", leading, b.ints([outputs]), axis=0))
 
 
 def quantized_embedding(t: Translator, node: fx.Node) -> ir.Value:

@@ -215,6 +215,11 @@ def _visible(t: Translator, node: fx.Node) -> ir.Value:
     return made
 
 
+def narrow_mask(t: Translator, mask: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """A mask in a dtype whose numbers do not reach as far down."""
+    return t.builder("Cast", t.builder("Max", mask, t.builder.scalar(-6e4, FLOAT)), to=dtype)
+
+
 def grouped_linear(t: Translator, node: fx.Node) -> ir.Value:
     """One product per expert over its slice of the rows; slices may be empty."""
     b = t.builder

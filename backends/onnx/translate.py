@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from graphwright.backends.onnx.builder import DTYPES, Builder
 from graphwright.backends.onnx.naming import DIMS, dim_name, tensor_name
 from graphwright.backends.onnx.options import OnnxOptions
-from graphwright.contract import InputSpec, dtype_name
+from graphwright.contract import dtype_name
 from graphwright.errors import BackendError
 from graphwright.program import Program
 from graphwright.rewrite import describe
@@ -42,7 +42,7 @@ class Translator:
     """Writes one program as one graph.
 
     Args:
-        program: without state; its caches are inputs and outputs.
+        program: its caches are inputs and outputs; state in place only where the profile has a form for it.
         options: profile and opset.
         tables: translations by target; the first table that has one is used.
     """
@@ -53,6 +53,8 @@ class Translator:
         self.program, self.options = program, options
         self.builder = Builder()
         self.values: dict[fx.Node, Any] = {}
+        self.extra_outputs: list[ir.Value] = []
+        """What translations hand out besides the program's own outputs."""
         self.shared: dict[Any, Any] = {}
         """What several nodes need and one computes: masks, rotary tables; by any key."""
         self.node: fx.Node = program.graph.output_node()
@@ -71,6 +73,7 @@ class Translator:
             if node.op == "call_function":
                 self._call(node)
         outputs = [self._output(node, name) for node, name in self._outputs()]
+        outputs += self.extra_outputs
         graph = self.builder.graph(self.program.metadata.name, inputs, outputs, self.options.opset)
         return ir.Model(graph, ir_version=self.options.ir_version, producer_name="graphwright")
 
@@ -132,13 +135,11 @@ class Translator:
 
     def _input(self, node: fx.Node) -> ir.Value:
         made = self.typed(ir.Value(name=tensor_name(str(node.target))), node.meta["val"])
-        spec = self._spec(str(node.target))
+        contract = self.program.contract
+        spec = next(one for one in (*contract.inputs, *contract.state) if one.name == str(node.target))
         made.shape = ir.Shape([DIMS.get(dim, dim) if isinstance(dim, str) else dim for dim in spec.shape])
         self.values[node] = made
         return made
-
-    def _spec(self, name: str) -> InputSpec:
-        return next(spec for spec in self.program.contract.inputs if spec.name == name)
 
     def _outputs(self) -> list[tuple[fx.Node, str]]:
         nodes = self.program.graph.output_node().args[0]
@@ -155,6 +156,7 @@ class Translator:
         if node in self.values:
             return  # written together with an earlier node
         self.node = node
+        self.builder.scope = node.name
         translation = next((table[node.target] for table in self._tables if node.target in table), None)
         if translation is None:
             raise self.refuse(
