@@ -124,12 +124,13 @@ GPUS = {
         _gpu("rocm:gfx1100", 24, 0.96, 123, 123),
     )
 }
+"""GPU targets: memory in GiB, bandwidth in TB/s, dense fp16, int8 and fp8 rates in tera-operations per second."""
+
 TENSORRT = {
     f"tensorrt:{arch}": replace(GPUS[f"cuda:{arch}"], name=f"tensorrt:{arch}", kind="tensorrt", backends=("tensorrt",))
     for arch in ("sm_80", "sm_89", "sm_120")
 }
 GPUS |= TENSORRT
-"""GPU targets: memory in GiB, bandwidth in TB/s, dense fp16, int8 and fp8 rates in tera-operations per second."""
 
 CPU_FEATURES = (
     "avx2", "fma", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16",

@@ -73,7 +73,7 @@ class Engine:
         return {key: value for key, value in asdict(self).items() if key != "data"}
 
 
-class _Log(trt.ILogger):
+class _Log(trt.ILogger):  # type: ignore[misc]
     """Keeps what TensorRT says, instead of printing it."""
 
     def __init__(self) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from graphwright import ops
+from graphwright.backends.tvm.expert_layout import tile_experts
 from graphwright.kernels.tir import tiles
 from graphwright.op import Cost, Sample, TensorInfo, op
 from graphwright.program import Program
@@ -76,7 +77,7 @@ def _linear_cost(x: TensorInfo, weight: TensorInfo, *rest: object, **_more: obje
 def _linear_samples(dtype: torch.dtype) -> Iterator[Sample]:
     for sample in ops.quantized_linear.samples_of(dtype):
         x, weight, scale, zero, bias, format, group_size = sample.args
-        if fits(format, group_size):
+        if tiles.fits(format, group_size):
             tiled = _tiled(weight, scale, zero, format, group_size)
             yield Sample((x, *tiled, bias, format, group_size, weight.shape[0]), note=sample.note)
 
@@ -195,11 +196,6 @@ def _tiled(
     return tiles.tile_codes(weight, format, group_size), tiles.tile_groups(scale), points
 
 
-def fits(format: str, group_size: int) -> bool:
-    """Whether a weight can be cut into tiles."""
-    return format in tiles.STEP and group_size % tiles.STEP[format] == 0
-
-
 def fractional(node: fx.Node) -> bool:
     """Whether a quantized layer's zero points are fractions, which tiles do not hold."""
     zero = node.args[3]
@@ -220,7 +216,7 @@ def tile_weights(program: Program) -> Program:
         for node in list(program.calls(ops.quantized_linear.target, ops.quantized_embedding.target)):
             linear = node.target is ops.quantized_linear.target
             format, group_size = node.args[5:7] if linear else node.args[4:6]
-            if not fits(str(format), int(group_size)) or fractional(node):
+            if not tiles.fits(str(format), int(group_size)) or fractional(node):
                 continue
             outputs = node.args[1].meta["val"].shape[0]
             parts = _tiled_nodes(editor, node, str(format), int(group_size), made)
@@ -231,6 +227,7 @@ def tile_weights(program: Program) -> Program:
             editor.replace(node, new)
             editor.retire(node)
         _tile_floats(editor, made)
+        tile_experts(editor)
     return program
 
 

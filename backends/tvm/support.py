@@ -5,11 +5,13 @@ from torch import Tensor, fx
 
 from graphwright import ops
 from graphwright.backend import Support
+from graphwright.backends.tvm import expert_layout
 from graphwright.backends.tvm.fusion import codes_fit
-from graphwright.backends.tvm.layout import fits, fractional, stored_float, tiled_linear
+from graphwright.backends.tvm.layout import fractional, stored_float, tiled_linear
 from graphwright.backends.tvm.leftovers import converter_name, refusal
 from graphwright.backends.tvm.translate import KERNELS, VIEWS, constant_place
 from graphwright.backends.tvm.values import arguments
+from graphwright.kernels.tir.tiles import fits
 from graphwright.op import op_of
 from graphwright.text import op_name
 
@@ -31,6 +33,8 @@ def _obstacle(node: fx.Node) -> str:
         return "the TVM backend computes in float32"
     if node.target in (ops.quantized_linear.target, ops.quantized_embedding.target):
         return _quantized_obstacle(node)
+    if node.target in (ops.experts.target, ops.quantized_experts.target):
+        return expert_layout.obstacle(node)
     if node.target is aten.linear.default:
         return "" if stored_float(node, 1) else "its weight is not a stored float32 matrix"
     if node.target is ops.attention.target:

@@ -4,6 +4,7 @@ The function takes the contract's inputs and state in order, and one tuple with 
 by the kernels that write it.
 """
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,7 @@ from torch import fx
 from tvm import relax, tirx
 
 from graphwright import ops
+from graphwright.backends.tvm.expert_layout import tiled_experts, up_rows
 from graphwright.backends.tvm.fusion import NORMS, Fusion, integer_product
 from graphwright.backends.tvm.layout import (
     tiled_embedding,
@@ -40,6 +42,7 @@ from graphwright.kernels.tir import rope as rope_kernels
 from graphwright.kernels.tir.copy import copy
 from graphwright.kernels.tir.embedding import embedding
 from graphwright.kernels.tir.emit import Layout
+from graphwright.kernels.tir.experts import Routing, combine, expert_linear, route, sort_choices
 from graphwright.kernels.tir.float_linear import matrix as float_matrix
 from graphwright.kernels.tir.float_linear import vector as float_vector
 from graphwright.kernels.tir.gated_activation import gated_activation
@@ -372,7 +375,13 @@ def _same(t: Translator, node: fx.Node) -> View | None:
     return source if source.dtype == dtype_of(node.meta["val"]) else None
 
 
+def _item(t: Translator, node: fx.Node) -> View | None:
+    source = t.values[node.args[0]]
+    return source[node.args[1]] if isinstance(source, list) else None
+
+
 VIEWS: Mapping[Any, Callable[[Translator, fx.Node], View | None]] = {
+    operator.getitem: _item,
     aten.transpose.int: _transpose,
     aten.permute.default: _permute,
     aten.slice.Tensor: _slice,
@@ -524,14 +533,75 @@ def _attention(t: Translator, node: fx.Node) -> View:
     return View(made[0], transpose(Layout.contiguous(shape), (0, 2, 1, 3)), "float32")
 
 
+def _routing(t: Translator, node: fx.Node) -> list[View]:
+    given = arguments(node)
+    logits, bias = given["logits"], given["correction_bias"]
+    *_, rows, count = shape_of(logits.meta["val"], t.fixed)
+    names = ("top_k", "scoring", "normalize", "scaling", "num_groups", "top_groups")
+    described = Routing(int(count), corrected=bias is not None, **{name: given[name] for name in names})
+    inputs = [t.dense(logits), *([] if bias is None else [t.view(bias, "float32").variable])]
+    shape = (rows, described.top_k)
+    made = t.kernel(lambda s: route(described, s.dim(rows)), inputs, [(shape, "float32"), (shape, "int64")])
+    return [t.view_of(made[0], shape), t.view_of(made[1], shape, "int64")]
+
+
+def _experts(t: Translator, node: fx.Node) -> View:
+    """Sorts the choices, multiplies with `up` and `down` of the active experts, and sums for each token."""
+    given = arguments(node)
+    tokens, width = shape_of(given["x"].meta["val"], t.fixed)
+    top_k, count = int(given["indices"].meta["val"].shape[1]), int(given["num_experts"])
+    inner, outputs, choices = int(given["inner_features"]), int(given["out_features"]), tokens * top_k
+    rows = up_rows(inner, given["gated"])
+    plan = t.kernel(
+        lambda s: sort_choices(s.dim(choices), count),
+        [t.dense(given["indices"])],
+        [((choices,), "int32"), ((count + 1,), "int32"), ((count + 1,), "int32")],
+    )
+    names = ("activation", "gated", "alpha", "limit")
+    up = _expert_weights(t, given, "up", rows, width)
+    up = (replace(up[0], **{name: given[name] for name in names}), *up[1:])
+    down = _expert_weights(t, given, "down", outputs, inner)
+
+    def product(source: Any, rows: Any, row_size: int, weights: Any, gathered: int) -> relax.Expr:
+        layer, stored, bias = weights
+        return t.kernel(
+            lambda s: expert_linear(layer, count, (s.dim(rows), row_size), s.dim(choices), gathered, t.isa.lanes),
+            [source, *stored, *plan, *bias],
+            [((choices, layer.width), "float32")],
+        )[0]
+
+    middle = product(t.dense(given["x"]), tokens, width, up, top_k)
+    outer = product(middle, choices, up[0].width, down, 0)
+    made = t.kernel(
+        lambda s: combine(s.dim(tokens), s.dim(choices), top_k, outputs),
+        [outer, t.dense(given["weights"])],
+        [((tokens, outputs), "float32")],
+    )
+    return t.view_of(made[0], (tokens, outputs))
+
+
+def _expert_weights(
+    t: Translator, given: Mapping[str, Any], name: str, rows: int, width: int
+) -> tuple[Linear, list[relax.Expr], list[relax.Expr]]:
+    """One product for its kernel, and the variables that hold its weight and its bias."""
+    scale, zero, bias = (given[f"{name}_{part}"] for part in ("scale", "zero_point", "bias"))
+    group_size = width if scale is None else int(given[f"{name}_group_size"])
+    scale_dtype = "" if scale is None else dtype_of(scale.meta["val"])
+    layer = Linear(rows, width, given["format"], group_size, zero is not None, scale_dtype, bias is not None)
+    stored = [t.weight(part) for part in (given[name], scale, zero) if part is not None]
+    return layer, stored, [] if bias is None else [t.view(bias, "float32").variable]
+
+
 KERNELS: Mapping[Any, Callable[[Translator, fx.Node], Any]] = {
     tiled_linear.target: _linear,
     tiled_float_linear.target: _linear,
     tiled_embedding.target: _embedding,
     tiled_float_embedding.target: _float_embedding,
+    tiled_experts.target: _experts,
     ops.attention.target: _attention,
     ops.gated_activation.target: _gated,
     ops.kv_cache_update.target: _update,
+    ops.moe_routing.target: _routing,
     ops.rope.target: _rope,
     **dict.fromkeys(NORMS, _normalize),
 }

@@ -5,6 +5,7 @@ a thread decodes two tiles into its cache, then multiplies them with as many row
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -41,10 +42,10 @@ REST_BLOCK = 4
 def vector(layer: Linear, lanes: int, lead: Sequence[Index]) -> tirx.PrimFunc:
     """The kernel for one row of x [*lead, K], float32; `lead` are all 1, `lanes` floats make a vector register."""
     with kernel("float_linear_vector") as k:
-        b = _Buffers(k, layer, lead)
-        with parallel(layer.width // ROWS if layer.activation else layer.tiles) as tile:
-            chosen = [tile, tile + layer.tiles // 2] if layer.activation else [tile]
-            b.epilogue.finish(0, chosen, [_one_row(b, t, lanes) for t in chosen], lanes)
+        x, weight, epilogue = _arguments(k, layer, lead)
+        with parallel(layer.width // ROWS if layer.paired else layer.tiles) as tile:
+            chosen = [tile, tile + layer.tiles // 2] if layer.paired else [tile]
+            epilogue.finish(0, chosen, [one_row(Operands(layer, x, weight), 0, t, lanes) for t in chosen], lanes)
     return k.function
 
 
@@ -52,38 +53,54 @@ def matrix(layer: Linear, lanes: int, lead: Sequence[Index]) -> tirx.PrimFunc:
     """The kernel for any number of rows."""
     rows = product(lead)
     with kernel("float_linear_matrix") as k:
-        b = _Buffers(k, layer, lead)
+        x, weight, epilogue = _arguments(k, layer, lead)
+        b = Operands(layer, x, weight)
         with parallel(layer.columns * let(ceil_div(rows, ROWS_PER_TASK))) as task:
             chosen = layer.tiles_of(let(task % layer.columns))
-            panels = [_panel(b, tile, lanes) for tile in chosen]
+            panels = [panel(b, tile, lanes) for tile in chosen]
             first = let(task // layer.columns * ROWS_PER_TASK)
             count = let(minimum(rows - first, tirx.const(ROWS_PER_TASK, "int64")))
-            many = _rows_at_once(lanes, len(chosen))
-            with loop(count // many) as block:
-                start = let(first + block * many)
-                _block(b, [start + i for i in range(many)], chosen, panels, lanes)
-            with loop(ceil_div(count % many, REST_BLOCK)) as block:
-                # Rows beyond the last are computed as the last one again, and store the same values.
-                start = let(first + count // many * many + block * REST_BLOCK)
-                _block(b, [let(minimum(start + i, rows - 1)) for i in range(REST_BLOCK)], chosen, panels, lanes)
+
+            def finish(places: list[Any]) -> None:
+                sums = products(b, [place * layer.inputs for place in places], panels, lanes)
+                for place, line in zip(places, sums, strict=True):
+                    epilogue.finish(place, chosen, line, lanes)
+
+            each_block(first, count, rows_at_once(lanes, len(chosen)), finish)
     return k.function
 
 
-def _rows_at_once(lanes: int, tiles: int) -> int:
+def _arguments(k: Kernel, layer: Linear, lead: Sequence[Index]) -> tuple[Flat, Weight, Epilogue]:
+    """The kernel's arguments, in the order in which it takes them."""
+    found = k.read("x", (*lead, layer.inputs), "float32"), Weight(k, layer), Epilogue(k, layer, lead)
+    k.begin()
+    return found
+
+
+def each_block(first: Any, count: Any, many: int, body: Callable[[list[Any]], None]) -> None:
+    """Emits `body(places)` for `count` places from `first` on: `many` at a time, and the rest in smaller blocks."""
+    with loop(count // many) as block:
+        start = let(first + block * many)
+        body([start + i for i in range(many)])
+    with loop(ceil_div(count % many, REST_BLOCK)) as block:
+        # Places beyond the last are computed as the last one again, and store the same values.
+        start = let(first + count // many * many + block * REST_BLOCK)
+        body([let(minimum(start + i, first + count - 1)) for i in range(REST_BLOCK)])
+
+
+def rows_at_once(lanes: int, tiles: int) -> int:
     """Rows whose sums fit in registers: AVX2 has 16 of 8 lanes, AVX-512 and Neon have 32."""
     registers = 12 if lanes == 8 else 24
     return max(1, registers * lanes // (tiles * ROWS))
 
 
-class _Buffers:
-    """The kernel's arguments, in the order in which it takes them."""
+@dataclass(frozen=True)
+class Operands:
+    """What is multiplied: rows of x, each a run of floats, and a weight in tiles."""
 
-    def __init__(self, k: Kernel, layer: Linear, lead: Sequence[Index]) -> None:
-        self.layer = layer
-        self.x = k.read("x", (*lead, layer.inputs), "float32")
-        self.weight = Weight(k, layer)
-        self.epilogue = Epilogue(k, layer, lead)
-        k.begin()
+    layer: Linear
+    x: Flat
+    weight: Weight
 
 
 def _each_group(layer: Linear, body: Callable[[Any, int], None]) -> None:
@@ -106,15 +123,15 @@ def _each_turn(width: int, body: Callable[[Any, int], None]) -> None:
         body(width - rest, rest)
 
 
-def _one_row(b: _Buffers, tile: Any, lanes: int) -> Flat:
-    """The product of the only row with one tile."""
+def one_row(b: Operands, start: Any, tile: Any, lanes: int) -> Flat:
+    """The product of the row that begins at `start` with one tile."""
     total = local(ROWS, "float32")
     clear(total, ROWS, "float32", lanes)
-    _each_group(b.layer, lambda group, width: _one_group(b, tile, group, width, total, lanes))
+    _each_group(b.layer, lambda group, width: _one_group(b, start, tile, group, width, total, lanes))
     return total
 
 
-def _one_group(b: _Buffers, tile: Any, group: Any, width: int, total: Flat, lanes: int) -> None:
+def _one_group(b: Operands, start: Any, tile: Any, group: Any, width: int, total: Flat, lanes: int) -> None:
     """Adds the products of `width` weights of a group to `total`."""
     layer, at = b.layer, let(tile * b.layer.groups + group)
     sums = local(CHAINS * ROWS, "float32")
@@ -124,7 +141,7 @@ def _one_group(b: _Buffers, tile: Any, group: Any, width: int, total: Flat, lane
         for lane in range(0, ROWS, lanes):
             for i, weight in enumerate(_decoded(b, at, first, count, lane, lanes)):
                 place = i % CHAINS * ROWS + lane
-                x = splat(b.x[group * layer.group_size + first + i], lanes)
+                x = splat(b.x[start + group * layer.group_size + first + i], lanes)
                 sums.put(place, fma(weight, x, sums.vec(place, lanes), lanes), lanes)
 
     _each_turn(width, add)
@@ -136,7 +153,7 @@ def _one_group(b: _Buffers, tile: Any, group: Any, width: int, total: Flat, lane
         total.put(lane, total.vec(lane, lanes) + value, lanes)
 
 
-def _decoded(b: _Buffers, at: Any, first: Any, count: int, lane: int, lanes: int) -> list[Any]:
+def _decoded(b: Operands, at: Any, first: Any, count: int, lane: int, lanes: int) -> list[Any]:
     """Weights first … first + count - 1 of group `at` as vectors of floats, before the scale.
 
     `first` is a multiple of `UNROLLED`.
@@ -159,46 +176,45 @@ def _decoded(b: _Buffers, at: Any, first: Any, count: int, lane: int, lanes: int
     return values[:count]
 
 
-def _zero(b: _Buffers, at: Any, lane: int, lanes: int) -> Any:
+def _zero(b: Operands, at: Any, lane: int, lanes: int) -> Any:
     if b.weight.zero is None:
         return integer(unsigned_zero(b.layer.format), lanes)
     return tirx.Cast(kind("int32", lanes), b.weight.zero.vec(at * ROWS + lane, lanes))
 
 
-def _panel(b: _Buffers, tile: Any, lanes: int) -> tuple[Flat, Any]:
+def panel(b: Operands, tile: Any, lanes: int) -> tuple[Flat, Any]:
     """The weights of a tile as floats [K, 16] and the place of the first; floats stay where they are stored."""
     layer = b.layer
     if not layer.scale_dtype:
         return b.weight.stored, let(tile * (layer.inputs * ROWS))
-    panel = local(layer.inputs * ROWS, "float32")
-    _each_group(layer, lambda group, width: _decode_group(b, tile, group, width, panel, lanes))
-    return panel, 0
+    decoded = local(layer.inputs * ROWS, "float32")
+    _each_group(layer, lambda group, width: _decode_group(b, tile, group, width, decoded, lanes))
+    return decoded, 0
 
 
-def _decode_group(b: _Buffers, tile: Any, group: Any, width: int, panel: Flat, lanes: int) -> None:
+def _decode_group(b: Operands, tile: Any, group: Any, width: int, decoded: Flat, lanes: int) -> None:
     at = let(tile * b.layer.groups + group)
 
     def decode(first: Any, count: int) -> None:
         for lane in range(0, ROWS, lanes):
             scale = let(b.weight.scale(at, lane, lanes))
             for i, weight in enumerate(_decoded(b, at, first, count, lane, lanes)):
-                panel.put((group * b.layer.group_size + first + i) * ROWS + lane, weight * scale, lanes)
+                decoded.put((group * b.layer.group_size + first + i) * ROWS + lane, weight * scale, lanes)
 
     _each_turn(width, decode)
 
 
-def _block(b: _Buffers, rows: list[Any], tiles: list[Any], panels: list[tuple[Flat, Any]], lanes: int) -> None:
-    """Some rows times some tiles, stored."""
-    sums = [[local(ROWS, "float32") for _ in tiles] for _ in rows]
+def products(b: Operands, starts: list[Any], panels: list[tuple[Flat, Any]], lanes: int) -> list[list[Flat]]:
+    """Sums [row][tile] of rows of x, given by where they begin, times tiles."""
+    sums = [[local(ROWS, "float32") for _ in panels] for _ in starts]
     for line in sums:
         for total in line:
             clear(total, ROWS, "float32", lanes)
     with loop(b.layer.inputs) as at:
         for lane in range(0, ROWS, lanes):
-            weights = [let(panel.vec(start + at * ROWS + lane, lanes)) for panel, start in panels]
-            for row, line in zip(rows, sums, strict=True):
-                x = let(splat(b.x[row * b.layer.inputs + at], lanes))
+            weights = [let(weight.vec(place + at * ROWS + lane, lanes)) for weight, place in panels]
+            for start, line in zip(starts, sums, strict=True):
+                x = let(splat(b.x[start + at], lanes))
                 for weight, total in zip(weights, line, strict=True):
                     total.put(lane, fma(weight, x, total.vec(lane, lanes), lanes), lanes)
-    for row, line in zip(rows, sums, strict=True):
-        b.epilogue.finish(row, tiles, line, lanes)
+    return sums

@@ -101,6 +101,13 @@ def relu(x: Any, lanes: int) -> Any:
     return T.max(x, constant(0.0, lanes))
 
 
+def clamped_swiglu(gate: Any, up: Any, alpha: float, limit: float, lanes: int) -> Any:
+    """(clamp(up) + 1) * gate * sigmoid(alpha * gate), with the gate limited from above."""
+    gate = let(T.min(gate, constant(limit, lanes)))
+    sigmoid = constant(1.0, lanes) / (constant(1.0, lanes) + exp(gate * constant(-alpha, lanes), lanes))
+    return (clamp(up, -limit, limit, lanes) + constant(1.0, lanes)) * gate * sigmoid
+
+
 ACTIVATIONS: Mapping[str, Callable[[Any, int], Any]] = {
     "silu": silu,
     "gelu": gelu,

@@ -11,8 +11,9 @@ from typing import Any
 from tvm import tirx
 
 from graphwright.kernels.tir.emit import Flat, Index, Kernel, ceil_div, floats, let, loop, minimum, splat, zeros
-from graphwright.kernels.tir.functions import ACTIVATIONS
+from graphwright.kernels.tir.functions import ACTIVATIONS, clamped_swiglu
 from graphwright.kernels.tir.tiles import ROWS, STEP
+from graphwright.ops.experts import CLAMPED_SWIGLU
 
 ROWS_PER_TASK = 128
 """Rows of activations that share one unpacking of weight tiles."""
@@ -33,6 +34,9 @@ class Linear:
         residual: a tensor of the output's shape is added.
         activation: the weight is gate and up, merged; the output is activation(gate) * up. Empty: none.
         code_group: activation codes that share a step along K, which divides `group_size` and K; 0 for whole rows.
+        gated: there is a gate; else the output is activation(up).
+        alpha: of the activation `clamped_swiglu`.
+        limit: of the activation `clamped_swiglu`.
     """
 
     outputs: int
@@ -45,6 +49,9 @@ class Linear:
     residual: bool = False
     activation: str = ""
     code_group: int = 0
+    gated: bool = True
+    alpha: float = 1.0
+    limit: float = 0.0
 
     @property
     def groups(self) -> int:
@@ -57,9 +64,14 @@ class Linear:
         return ceil_div(self.outputs, ROWS)
 
     @property
+    def paired(self) -> bool:
+        """Each output takes a row of the gate and one of up."""
+        return bool(self.activation) and self.gated
+
+    @property
     def width(self) -> int:
         """Features of the output."""
-        return self.outputs // 2 if self.activation else self.outputs
+        return self.outputs // 2 if self.paired else self.outputs
 
     @property
     def vectors(self) -> int:
@@ -69,11 +81,11 @@ class Linear:
     @property
     def columns(self) -> int:
         """Tasks of at most two tiles."""
-        return self.width // ROWS if self.activation else ceil_div(self.tiles, 2)
+        return self.width // ROWS if self.paired else ceil_div(self.tiles, 2)
 
     def tiles_of(self, column: Any) -> list[Any]:
         """The tiles of a task: a gate and its up, or neighbours."""
-        if self.activation:
+        if self.paired:
             return [column, let(column + self.tiles // 2)]
         if self.tiles == 1:
             return [column]
@@ -82,14 +94,17 @@ class Linear:
 
 
 class Weight:
-    """The arguments that hold a weight in tiles, in the order in which kernels take them."""
+    """The arguments that hold a weight in tiles, in the order in which kernels take them.
 
-    def __init__(self, k: Kernel, layer: Linear) -> None:
+    Weights of several experts lie one behind the other.
+    """
+
+    def __init__(self, k: Kernel, layer: Linear, experts: int = 1) -> None:
         coded = bool(layer.scale_dtype)
         per_vector = 4 * ROWS if coded else ROWS
         elements = layer.groups * layer.vectors * per_vector
-        self.stored = k.read("weight", (layer.tiles, elements), "uint8" if coded else layer.format)
-        groups = (layer.tiles, layer.groups, ROWS)
+        self.stored = k.read("weight", (experts * layer.tiles, elements), "uint8" if coded else layer.format)
+        groups = (experts * layer.tiles, layer.groups, ROWS)
         self._scale = k.read("scale", groups, layer.scale_dtype) if coded else None
         self.zero = k.read("zero", groups, "uint8") if layer.asymmetric else None
 
@@ -99,38 +114,42 @@ class Weight:
 
 
 class Epilogue:
-    """The arguments that end a linear layer, and what is done with them."""
+    """The arguments that end a linear layer, and what is done with them.
 
-    def __init__(self, k: Kernel, layer: Linear, lead: Sequence[Index]) -> None:
+    A layer of several experts has a bias for each.
+    """
+
+    def __init__(self, k: Kernel, layer: Linear, lead: Sequence[Index], experts: int = 1) -> None:
         self._layer = layer
-        self._bias = k.read("bias", (layer.outputs,), "float32") if layer.bias else None
+        self._bias = k.read("bias", (experts * layer.outputs,), "float32") if layer.bias else None
         self._residual = k.read("residual", (*lead, layer.width), "float32") if layer.residual else None
         self._out = k.write("out", (*lead, layer.width), "float32")
 
-    def finish(self, row: Any, tiles: list[Any], totals: list[Flat], lanes: int, step: Any = None) -> None:
+    def finish(
+        self, row: Any, tiles: list[Any], totals: list[Flat], lanes: int, step: Any = None, expert: Any = 0
+    ) -> None:
         """Stores one row of some tiles, after multiplying the sums with `step` if there is one."""
-        if self._layer.activation:
-            self._tile(row, tiles[0], totals, lanes, step)
+        if self._layer.paired:
+            self._tile(row, tiles[0], totals, lanes, step, expert)
             return
         for tile, total in zip(tiles, totals, strict=True):
-            self._tile(row, tile, [total], lanes, step)
+            self._tile(row, tile, [total], lanes, step, expert)
 
-    def _tile(self, row: Any, tile: Any, totals: list[Flat], lanes: int, step: Any) -> None:
+    def _tile(self, row: Any, tile: Any, totals: list[Flat], lanes: int, step: Any, expert: Any) -> None:
         layer, result = self._layer, totals[0]
+        first = expert * layer.outputs
         for lane in range(0, ROWS, lanes):
             values = [total.vec(lane, lanes) for total in totals]
             if step is not None:
                 values = [value * splat(step, lanes) for value in values]
             if self._bias is not None and layer.outputs % ROWS == 0:
                 starts = [tile, tile + layer.tiles // 2]
-                values = [v + self._bias.vec(t * ROWS + lane, lanes) for v, t in zip(values, starts, strict=False)]
-            if layer.activation:
-                gate = let(values[0])
-                values = [ACTIVATIONS[layer.activation](gate, lanes) * values[1]]
-            result.put(lane, values[0], lanes)
-        self._store(row, tile, result, lanes)
+                biases = (self._bias.vec(first + t * ROWS + lane, lanes) for t in starts)
+                values = [v + bias for v, bias in zip(values, biases, strict=False)]
+            result.put(lane, _activated(layer, values, lanes), lanes)
+        self._store(row, tile, result, lanes, first)
 
-    def _store(self, row: Any, tile: Any, result: Flat, lanes: int) -> None:
+    def _store(self, row: Any, tile: Any, result: Flat, lanes: int, first: Any) -> None:
         layer = self._layer
         start = let(row * layer.width + tile * ROWS)
         if layer.width % ROWS == 0:
@@ -143,10 +162,20 @@ class Epilogue:
         with loop(minimum(layer.width - tile * ROWS, tirx.const(ROWS, "int64"))) as i:
             value = result[i]
             if self._bias is not None:
-                value = value + self._bias[tile * ROWS + i]
+                value = value + self._bias[first + tile * ROWS + i]
             if self._residual is not None:
                 value = value + self._residual[start + i]
             self._out.put(start + i, value, 1)
+
+
+def _activated(layer: Linear, values: list[Any], lanes: int) -> Any:
+    """The output from a row's values: one, or those of the gate and of up."""
+    if not layer.activation:
+        return values[0]
+    if layer.activation == CLAMPED_SWIGLU:
+        return clamped_swiglu(let(values[0]), values[1], layer.alpha, layer.limit, lanes)
+    activated = ACTIVATIONS[layer.activation](let(values[0]), lanes)
+    return activated * values[1] if layer.gated else activated
 
 
 def clear(sums: Flat, elements: int, dtype: str, lanes: int) -> None:

@@ -71,7 +71,7 @@ def _clamped(first: Any, count: int, rows: Any) -> list[Any]:
 
 def _stream(b: "_Buffers", isa: Isa, tile: Any, rows: list[Any]) -> None:
     """Some rows times one tile, or a gate and its up."""
-    chosen = [tile, let(tile + b.layer.tiles // 2)] if b.layer.activation else [tile]
+    chosen = [tile, let(tile + b.layer.tiles // 2)] if b.layer.paired else [tile]
     totals = [_streamed(b, isa, t, rows) for t in chosen]
     for row, line in zip(rows, zip(*totals, strict=True), strict=True):
         b.finish(row, chosen, list(line), isa.lanes)
@@ -106,7 +106,7 @@ class _Buffers:
         self.quads = self.span // 4
         self.vectors = self.span // STEP[layer.format]
         self.tile_vectors = layer.groups * layer.vectors
-        self.streams = layer.width // ROWS if layer.activation else layer.tiles
+        self.streams = layer.width // ROWS if layer.paired else layer.tiles
         k.begin()
         self.codes.begin()
 

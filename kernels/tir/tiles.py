@@ -29,6 +29,11 @@ STEP = {"int4": 8, "int8": 4, "float32": 1}
 """Weights along K in one 64-byte vector of a tile; a group is a multiple of it."""
 
 
+def fits(format: str, group_size: int) -> bool:
+    """Whether a weight can be cut into tiles."""
+    return format in STEP and group_size % STEP[format] == 0
+
+
 def unsigned_zero(format: str) -> int:
     """The unsigned code of zero in a symmetric weight."""
     return packing.FORMATS[format].zero + OFFSET[format]

@@ -217,7 +217,7 @@ def test_a_measured_scale_reaches_the_integer_product():
 def test_a_device_is_one_of_the_table():
     with pytest.raises(TargetError, match="no Triton kernels for the target cpu"):
         Device.of(Target.parse("cpu"))
-    assert set(DEVICES) == set(GPUS)
+    assert set(DEVICES) == {target.name for target in GPUS.values() if target.kind in ("cuda", "rocm")}
 
 
 @pytest.mark.skipif(local_gpu() is not None, reason="says what is missing without a GPU")

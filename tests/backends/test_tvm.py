@@ -14,10 +14,11 @@ from torch import nn
 
 import graphwright
 from graphwright.backends.tvm.build import forms, translate
-from graphwright.backends.tvm.layout import fits, tile_weights
+from graphwright.backends.tvm.layout import tile_weights
 from graphwright.backends.tvm.machine import tvm_target
 from graphwright.backends.tvm.values import expand, insert, narrow, reshape, transpose
 from graphwright.kernels.tir.emit import Layout
+from graphwright.kernels.tir.tiles import fits
 from graphwright.op import OPS
 from graphwright.target import Target
 

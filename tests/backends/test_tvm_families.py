@@ -167,3 +167,23 @@ def test_caches_are_checked(tmp_path):
     inputs["key_positions"] = torch.arange(2)
     with pytest.raises(BackendError, match="not contiguous"):
         executable({**inputs, **state})
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        *((name, "int4") for name in ("mixtral", "qwen2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss")),
+        ("qwen3_moe", "int8"), ("gpt_oss", "fp32"), ("mixtral", "fp32"),
+    ],
+)  # fmt: skip
+def test_mixtures_of_experts_equal_the_eager_program(name, recipe, tmp_path):
+    passes = ["merge_linear", "static_cache", "select_logits", "experts"]
+    program = rewritten(name, {"passes": passes} if recipe == "fp32" else recipe)
+    assert not coverage(program, BACKEND, CPU).fallbacks
+    executable, program = lowered(program, tmp_path)
+    assert "tiled_experts" in program.text()
+    for sizes in (
+        {"batch": 1, "sequence": 1, "keys": 1, "capacity": 16, "logits": 1},
+        {"batch": 2, "sequence": 9, "keys": 11, "capacity": 16, "logits": 2},
+    ):
+        assert distance(executable, program, sizes) < 1e-5

@@ -121,4 +121,4 @@ def test_contract_changing_passes_are_left_out():
     from graphwright.recipe import Recipe
 
     kept = dynamo._keeping_contract(Recipe.load("int4"))
-    assert [p.name for p in kept.passes] == ["merge_linear", "rtn"]
+    assert [p.name for p in kept.passes] == ["merge_linear", "experts", "rtn"]

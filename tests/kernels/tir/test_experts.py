@@ -1,0 +1,121 @@
+"""Kernels of mixtures of experts against the eager ops."""
+
+import pytest
+import torch
+from kernels.tir.running import nowhere, run, size
+
+from graphwright.backends.tvm.expert_layout import tiled_stack
+from graphwright.kernels.tir.experts import Routing, combine, expert_linear, route, sort_choices
+from graphwright.kernels.tir.linear import Linear
+from graphwright.numerics import relative_error
+from graphwright.ops import experts, moe_routing, quantized_experts
+from graphwright.ops.experts import CLAMPED_SWIGLU
+from graphwright.rounding import quantize
+from graphwright.scheme import Scheme
+
+
+@pytest.mark.parametrize(
+    ("count", "top_k", "scoring", "normalize", "groups", "top_groups", "corrected"),
+    [
+        (5, 2, "softmax", False, 1, 1, False),
+        (8, 1, "sigmoid", True, 1, 1, False),
+        (64, 8, "softmax", True, 1, 1, False),
+        (12, 3, "softmax", False, 4, 2, False),
+        (16, 4, "sigmoid", True, 4, 2, True),
+        (8, 2, "sigmoid", True, 8, 3, True),
+    ],
+)
+def test_routing_equals_the_op(count, top_k, scoring, normalize, groups, top_groups, corrected):
+    torch.manual_seed(0)
+    bias = torch.randn(count) * 0.1 if corrected else None
+    for rows in (1, 7, 33):
+        logits = torch.randn(rows, count)
+        given = (top_k, scoring, normalize, 1.5, groups, top_groups)
+        weights, indices = nowhere(rows, top_k), torch.zeros(rows, top_k, dtype=torch.int64)
+        kernel = route(Routing(count, *given, corrected), size("rows"))
+        run(kernel, logits, *([] if bias is None else [bias]), weights, indices)
+        expected, chosen = moe_routing(logits, bias, *given)
+        assert torch.equal(indices, chosen)
+        assert relative_error(weights, expected) < 1e-6
+
+
+def test_choices_are_sorted_and_idle_experts_left_out():
+    indices = torch.tensor([4, 0, 4, 2, 0, 4])
+    order, starts, active = (torch.zeros(n, dtype=torch.int32) for n in (6, 7, 7))
+    run(sort_choices(size("choices"), 6), indices, order, starts, active)
+    assert order.tolist() == [1, 4, 3, 0, 2, 5]
+    assert starts.tolist() == [0, 2, 2, 3, 3, 6, 6]
+    assert active[:4].tolist() == [3, 0, 2, 4]
+
+
+CASES = [
+    # experts, width, inner, outputs, activation, gated, biases, format, group
+    (6, 24, 32, 24, "silu", True, False, "float32", 0),
+    (3, 20, 18, 37, "gelu_tanh", True, True, "float32", 0),
+    (4, 40, 24, 40, "relu", False, True, "float32", 0),
+    (5, 32, 48, 33, CLAMPED_SWIGLU, True, True, "float32", 0),
+    (6, 64, 48, 64, "silu", True, False, "int8", 16),
+    (4, 70, 40, 40, "silu", True, True, "int4", 32),
+]
+
+
+def mixture(case: tuple, rows: int, lanes: int) -> float:
+    """Relative error of the kernels against the op."""
+    count, width, inner, outputs, activation, gated, biased, format, group = case
+    up, down = torch.randn(count, inner * (2 if gated else 1), width), torch.randn(count, outputs, inner)
+    up_bias, down_bias = (torch.randn(count, w.shape[1]) if biased else None for w in (up, down))
+    x, top_k = torch.randn(rows, width), 2
+    indices = torch.rand(rows, count).argsort(-1)[:, :top_k].contiguous()
+    # The last expert is chosen by every token, and has more rows than a block.
+    indices[:, 1] = torch.where(indices[:, 0] == count - 1, 0, count - 1)
+    shares = torch.rand(rows, top_k)
+    rest = (activation, gated, 1.7, 0.5)
+    if format == "float32":
+        expected = experts(x, shares, indices, up, up_bias, down, down_bias, *rest)
+        parts = [(up, None, None, width), (down, None, None, inner)]
+    else:
+        scheme = Scheme(format=format, group_size=group)
+        groups = [scheme.group(width), scheme.group(inner)]
+        made = [[quantize(one, scheme) for one in stack] for stack in (up, down)]
+        stacks = [
+            [torch.stack(part) for part in zip(*((q.packed, q.grid.scale, q.grid.zero_point) for q in s), strict=True)]
+            for s in made
+        ]
+        biases = (up_bias, down_bias)
+        given = [part for stack, bias in zip(stacks, biases, strict=True) for part in (*stack, bias)]
+        expected = quantized_experts(x, shares, indices, *given, format, *groups, *rest)
+        parts = [(*stack, size_) for stack, size_ in zip(stacks, groups, strict=True)]
+    tiled = [
+        tiled_stack(*part[:3], bias, format, part[3], parts=pieces)
+        for part, bias, pieces in zip(parts, (up_bias, down_bias), (2 if gated else 1, 0), strict=True)
+    ]
+    padded = tiled[0].rows // 2 if gated else tiled[0].rows
+    coded = (format != "float32", "float16" if format != "float32" else "")
+    first = Linear(tiled[0].rows, width, format, parts[0][3], *coded, biased, False, activation, 0, *rest[1:])
+    second = Linear(tiled[1].rows, inner, format, parts[1][3], *coded, biased)
+    choices = rows * top_k
+    order, starts, active = (torch.zeros(n, dtype=torch.int32) for n in (choices, count + 1, count + 1))
+    run(sort_choices(size("choices"), count), indices.flatten(), order, starts, active)
+    plan, middle, outer = (order, starts, active), nowhere(choices, padded), nowhere(choices, outputs)
+    up_kernel = expert_linear(first, count, (size("tokens"), width), size("choices"), top_k, lanes)
+    run(up_kernel, x, *tiled[0].tensors, *plan, *tiled[0].bias, middle)
+    same = size("choices")
+    down_kernel = expert_linear(second, count, (same, padded), same, 0, lanes)
+    run(down_kernel, middle, *tiled[1].tensors, *plan, *tiled[1].bias, outer)
+    out = nowhere(rows, outputs)
+    run(combine(size("tokens"), size("choices"), top_k, outputs), outer, shares, out)
+    return relative_error(out, expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_experts_equal_the_op(case):
+    torch.manual_seed(0)
+    for rows in (1, 5, 40):
+        assert mixture(case, rows, 16) < 3e-6
+
+
+@pytest.mark.parametrize("lanes", [4, 8])
+def test_narrower_vectors_equal_the_op(lanes):
+    torch.manual_seed(0)
+    for case in (CASES[1], CASES[5]):
+        assert mixture(case, 9, lanes) < 3e-6
