@@ -328,10 +328,10 @@ def _slice(t: Translator, node: fx.Node) -> View | None:
     given = arguments(node)
     view, start = t.view(given["self"]), given["start"]
     at = given["dim"] % len(view.layout.shape)
-    if given["step"] != 1 or not isinstance(start, (int, type(None))) or (start or 0) < 0:
+    if not isinstance(start, (int, type(None))) or (start or 0) < 0:
         return None
     length = shape_of(node.meta["val"], t.fixed)[at]
-    return View(view.variable, narrow(view.layout, at, start or 0, length), view.dtype)
+    return View(view.variable, narrow(view.layout, at, start or 0, length, given["step"]), view.dtype)
 
 
 def _reshape(t: Translator, node: fx.Node) -> View | None:
@@ -375,12 +375,23 @@ def _same(t: Translator, node: fx.Node) -> View | None:
     return source if source.dtype == dtype_of(node.meta["val"]) else None
 
 
+def _split(t: Translator, node: fx.Node) -> list[View]:
+    given = arguments(node)
+    view, start, parts = t.view(given["self"]), 0, []
+    at = given["dim"] % len(view.layout.shape)
+    for size in given["split_sizes"]:
+        parts.append(View(view.variable, narrow(view.layout, at, start, size), view.dtype))
+        start += size
+    return parts
+
+
 def _item(t: Translator, node: fx.Node) -> View | None:
     source = t.values[node.args[0]]
     return source[node.args[1]] if isinstance(source, list) else None
 
 
-VIEWS: Mapping[Any, Callable[[Translator, fx.Node], View | None]] = {
+VIEWS: Mapping[Any, Callable[[Translator, fx.Node], View | list[View] | None]] = {
+    aten.split_with_sizes.default: _split,
     operator.getitem: _item,
     aten.transpose.int: _transpose,
     aten.permute.default: _permute,
@@ -553,7 +564,7 @@ def _experts(t: Translator, node: fx.Node) -> View:
     inner, outputs, choices = int(given["inner_features"]), int(given["out_features"]), tokens * top_k
     rows = up_rows(inner, given["gated"])
     plan = t.kernel(
-        lambda s: sort_choices(s.dim(choices), count),
+        lambda s: sort_choices(s.dim(tokens), top_k, s.dim(choices), count),
         [t.dense(given["indices"])],
         [((choices,), "int32"), ((count + 1,), "int32"), ((count + 1,), "int32")],
     )

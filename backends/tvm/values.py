@@ -103,10 +103,11 @@ def transpose(layout: Layout, order: Sequence[int]) -> Layout:
     return Layout(layout.base, shape, strides, layout.offset)
 
 
-def narrow(layout: Layout, dim: int, start: Size, length: Size) -> Layout:
-    """Part of a dimension."""
+def narrow(layout: Layout, dim: int, start: Size, length: Size, step: int = 1) -> Layout:
+    """Every `step`-th place of part of a dimension, `length` in all."""
     shape = (*layout.shape[:dim], length, *layout.shape[dim + 1 :])
-    return Layout(layout.base, shape, layout.strides, layout.offset + start * layout.strides[dim])
+    strides = (*layout.strides[:dim], layout.strides[dim] * step, *layout.strides[dim + 1 :])
+    return Layout(layout.base, shape, strides, layout.offset + start * layout.strides[dim])
 
 
 def insert(layout: Layout, dim: int) -> Layout:

@@ -138,15 +138,15 @@ def _keep_best_groups(routing: Routing, ranked: Flat) -> None:
         ranked.put(e, tirx.const(EXCLUDED, "float32"), 1)
 
 
-def sort_choices(choices: Index, num_experts: int) -> tirx.PrimFunc:
-    """Indices int64 [choices] to order, starts and active, all int32.
+def sort_choices(tokens: Index, top_k: int, choices: Index, num_experts: int) -> tirx.PrimFunc:
+    """Indices int64 [tokens, top_k], of which there are `choices`, to order, starts and active, all int32.
 
     `order` [choices] has the choices sorted by expert, and `starts` [E + 1] where each expert's begin in it. `active`
     [E + 1] has the number of experts that somebody chose, and then these.
     """
     one = tirx.const(1, "int32")
     with kernel("sort_choices") as k:
-        indices = k.read("indices", (choices,), "int64")
+        indices = k.read("indices", (tokens, top_k), "int64")
         order = k.write("order", (choices,), "int32")
         starts = k.write("starts", (num_experts + 1,), "int32")
         active = k.write("active", (num_experts + 1,), "int32")

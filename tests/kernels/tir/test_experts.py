@@ -40,9 +40,9 @@ def test_routing_equals_the_op(count, top_k, scoring, normalize, groups, top_gro
 
 
 def test_choices_are_sorted_and_idle_experts_left_out():
-    indices = torch.tensor([4, 0, 4, 2, 0, 4])
+    indices = torch.tensor([[4, 0], [4, 2], [0, 4]])
     order, starts, active = (torch.zeros(n, dtype=torch.int32) for n in (6, 7, 7))
-    run(sort_choices(size("choices"), 6), indices, order, starts, active)
+    run(sort_choices(size("tokens"), 2, size("choices"), 6), indices, order, starts, active)
     assert order.tolist() == [1, 4, 3, 0, 2, 5]
     assert starts.tolist() == [0, 2, 2, 3, 3, 6, 6]
     assert active[:4].tolist() == [3, 0, 2, 4]
@@ -95,7 +95,7 @@ def mixture(case: tuple, rows: int, lanes: int) -> float:
     second = Linear(tiled[1].rows, inner, format, parts[1][3], *coded, biased)
     choices = rows * top_k
     order, starts, active = (torch.zeros(n, dtype=torch.int32) for n in (choices, count + 1, count + 1))
-    run(sort_choices(size("choices"), count), indices.flatten(), order, starts, active)
+    run(sort_choices(size("tokens"), top_k, size("choices"), count), indices, order, starts, active)
     plan, middle, outer = (order, starts, active), nowhere(choices, padded), nowhere(choices, outputs)
     up_kernel = expert_linear(first, count, (size("tokens"), width), size("choices"), top_k, lanes)
     run(up_kernel, x, *tiled[0].tensors, *plan, *tiled[0].bias, middle)
