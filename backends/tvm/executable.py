@@ -12,7 +12,10 @@ from tvm import relax
 from graphwright.backends.tvm import threads
 from graphwright.calling import Arguments
 from graphwright.contract import Contract
-from graphwright.errors import ArtifactError
+from graphwright.errors import ArtifactError, BackendError
+
+ALIGNMENT = 64
+"""Bytes of a cache line; PyTorch's allocator starts tensors at one."""
 
 
 class TvmExecutable:
@@ -26,18 +29,33 @@ class TvmExecutable:
         machine = relax.VirtualMachine(library, tvm.cpu())
         self._forms = {form: machine[form] for form in forms}
         self._arguments = Arguments(contract)
-        self._weights = tvm_ffi.Array(
-            [tvm_ffi.from_dlpack(weight.detach().contiguous()) for weight in weights.values()]
-        )
+        self._state = [spec.name for spec in contract.state]
+        self._weights = tvm_ffi.Array([tvm_ffi.from_dlpack(_aligned(weight)) for weight in weights.values()])
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Runs the form that fits the shapes of the inputs; state is written in place.
 
         Raises:
-            BackendError: state that is not contiguous, or a cache with fewer slots than keys are asked for.
+            BackendError: state that is not contiguous or not aligned, or a cache with fewer slots than keys are asked
+                for.
         """
-        arguments = self._arguments(tensors)
+        for name in self._state:
+            if tensors[name].data_ptr() % ALIGNMENT:
+                raise BackendError(
+                    f"State {name} does not start at a multiple of {ALIGNMENT} bytes, so it cannot be written in place",
+                    fix="Allocate it as a tensor of its own, as `contract.allocate` does",
+                )
+        arguments = [_aligned(argument) for argument in self._arguments(tensors)]
         threads.follow_torch()
         one = "decode" in self._forms and self._arguments.one_token(tensors)
         outputs = self._forms["decode" if one else "general"](*arguments, self._weights)
         return tuple(torch.from_dlpack(output) for output in outputs)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """A contiguous tensor where TVM's own operators may load it: they take for granted that it starts a cache line.
+
+    Weights that are mapped from a file rarely do, and vectors that cross lines are slow in other kernels too.
+    """
+    tensor = tensor.detach().contiguous()
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()

@@ -10,7 +10,8 @@ from torch import nn
 
 from graphwright.backend import choose, coverage
 from graphwright.backends.inductor import BACKEND as INDUCTOR
-from graphwright.backends.tvm import BACKEND
+from graphwright.backends.tvm import BACKEND, LIBRARY
+from graphwright.backends.tvm.executable import TvmExecutable
 from graphwright.capture import capture
 from graphwright.errors import BackendError
 from graphwright.manager import PassManager, plan_passes
@@ -161,6 +162,28 @@ def test_a_forced_backend_refuses_with_the_node(tmp_path):
         lowered(rewritten("mixtral", DISPATCHED), tmp_path)
 
 
+def test_tensors_may_start_anywhere(tmp_path):
+    # The table of tokens is read by an operator of TVM's, which loads whole cache lines.
+    executable, program = lowered(rewritten("llama", "fp32"), tmp_path)
+    sizes = {"batch": 1, "sequence": 19, "keys": 19, "capacity": 32, "logits": 1}
+    inputs, state = program.contract.draw(sizes), program.contract.allocate(sizes)
+    expected = executable({**inputs, **state})[0]
+    shifted = {name: shift(tensor) for name, tensor in inputs.items()}
+    weights = {name: shift(weight) for name, weight in program.weights().items()}
+    again = TvmExecutable(tmp_path / LIBRARY, ("decode", "general"), program.contract, weights)
+    assert torch.equal(again({**shifted, **program.contract.allocate(sizes)})[0], expected)
+    with pytest.raises(BackendError, match="does not start at a multiple of 64 bytes"):
+        executable({**inputs, **{name: shift(tensor) for name, tensor in state.items()}})
+
+
+def shift(tensor: torch.Tensor) -> torch.Tensor:
+    """An equal tensor that starts 8 bytes behind a cache line."""
+    gap = 8 // tensor.element_size()
+    space = torch.empty(tensor.numel() + gap, dtype=tensor.dtype)
+    space[gap:] = tensor.flatten()
+    return space[gap:].view(tensor.shape)
+
+
 def test_caches_are_checked(tmp_path):
     executable, program = lowered(rewritten("llama"), tmp_path)
     sizes = {"batch": 1, "sequence": 1, "keys": 9, "capacity": 4, "logits": 1}
@@ -177,7 +200,7 @@ def test_caches_are_checked(tmp_path):
 @pytest.mark.parametrize(
     ("name", "recipe"),
     [
-        *((name, "int4") for name in ("mixtral", "qwen2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss")),
+        *((name, "int4") for name in ("mixtral", "deepseek_v3", "gpt_oss")),
         ("qwen3_moe", "int8"), ("mixtral", "fp32"),
     ],
 )  # fmt: skip
