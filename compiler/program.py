@@ -26,6 +26,9 @@ from graphwright import serialize, shapes, text
 from graphwright.contract import Contract
 from graphwright.errors import GraphwrightError
 
+CACHE_LINE = 64
+"""Bytes."""
+
 
 @dataclass(frozen=True)
 class Metadata:
@@ -179,7 +182,7 @@ class Program:
     def save(self, directory: Path | str) -> None:
         """Writes `program.json` and `weights.safetensors` into an existing directory."""
         folder = Path(directory)
-        save_file(unshared(self.weights()), folder / "weights.safetensors")
+        save_weights(unshared(self.weights()), folder / "weights.safetensors")
         (folder / "program.json").write_text(json.dumps(self.to_json(), indent=1))
 
     def to_json(self) -> dict[str, Any]:
@@ -205,6 +208,18 @@ class Program:
         module = serialize.graph_from_json(data["graph"], weights)
         history = tuple(PassRecord(**record) for record in data["history"])
         return Program(module, contract, Metadata.from_json(data["metadata"]), history, shaped=False)
+
+
+def save_weights(tensors: dict[str, Tensor], file: Path) -> None:
+    """Writes a safetensors file whose data begin a cache line.
+
+    Weights are mapped into memory as they lie in the file, and kernels that load vectors want them aligned.
+    """
+    save_file(tensors, file, {"padding": ""})
+    with file.open("rb") as stream:
+        header = 8 + int.from_bytes(stream.read(8), "little")
+    if header % CACHE_LINE:
+        save_file(tensors, file, {"padding": " " * (-header % CACHE_LINE)})
 
 
 def attribute(module: torch.nn.Module, name: str) -> Tensor:

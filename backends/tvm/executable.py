@@ -13,9 +13,7 @@ from graphwright.backends.tvm import threads
 from graphwright.calling import Arguments
 from graphwright.contract import Contract
 from graphwright.errors import ArtifactError, BackendError
-
-ALIGNMENT = 64
-"""Bytes of a cache line; PyTorch's allocator starts tensors at one."""
+from graphwright.program import CACHE_LINE
 
 
 class TvmExecutable:
@@ -40,9 +38,9 @@ class TvmExecutable:
                 for.
         """
         for name in self._state:
-            if tensors[name].data_ptr() % ALIGNMENT:
+            if tensors[name].data_ptr() % CACHE_LINE:
                 raise BackendError(
-                    f"State {name} does not start at a multiple of {ALIGNMENT} bytes, so it cannot be written in place",
+                    f"State {name} does not start at a multiple of {CACHE_LINE} bytes, and kernels write it in place",
                     fix="Allocate it as a tensor of its own, as `contract.allocate` does",
                 )
         arguments = [_aligned(argument) for argument in self._arguments(tensors)]
@@ -55,7 +53,7 @@ class TvmExecutable:
 def _aligned(tensor: Tensor) -> Tensor:
     """A contiguous tensor where TVM's own operators may load it: they take for granted that it starts a cache line.
 
-    Weights that are mapped from a file rarely do, and vectors that cross lines are slow in other kernels too.
+    Weights that are mapped from a file may not; vectors that cross lines are slow in other kernels too.
     """
     tensor = tensor.detach().contiguous()
-    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+    return tensor if tensor.data_ptr() % CACHE_LINE == 0 else tensor.clone()

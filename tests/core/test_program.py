@@ -13,7 +13,7 @@ from graphwright.cost import node_costs, program_cost, roofline
 from graphwright.errors import ArtifactError
 from graphwright.manager import PassManager, drawn, plan_passes
 from graphwright.pass_ import Context
-from graphwright.program import Program
+from graphwright.program import CACHE_LINE, Program, load_weights, save_weights
 from graphwright.recipe import Recipe
 from graphwright.serialize import graph_to_json
 from graphwright.target import Target
@@ -140,3 +140,12 @@ def test_a_loaded_program_runs_before_its_shapes_are_known(tmp_path, monkeypatch
     assert not propagated
     assert loaded.text() == program.text()
     assert len(propagated) == 1
+
+
+@pytest.mark.parametrize("name", ["w", "a_longer_name", "an_even_longer_name_of_a_weight"])
+def test_mapped_weights_begin_a_cache_line(name, tmp_path):
+    tensors = {name: torch.randn(16, 16), f"{name}.2": torch.randn(64)}
+    save_weights(tensors, tmp_path / "weights.safetensors")
+    loaded = load_weights(tmp_path / "weights.safetensors")
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in loaded.items())
+    assert {tensor.data_ptr() % CACHE_LINE for tensor in loaded.values()} == {0}
