@@ -42,7 +42,7 @@ class StaticCache(Pass):
     paper = Paper("Efficiently Scaling Transformer Inference", "Pope et al.", 2022, "2211.05102")
     requires = ("attention", "mask", "grouped_heads", "rope")
     provides = ("kv_cache",)
-    after = ("float_dtype", "merged_linear", "pruned", "fewer_layers")
+    after = ("float_dtype", "merged_linear", "pruned", "fewer_layers", "scaled_rope")
     conflicts = ("kv_cache",)
 
     def run(self, program: Program, context: Context) -> PassResult:

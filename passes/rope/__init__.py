@@ -1,0 +1,1 @@
+"""Longer contexts for models with rotary position embeddings."""
