@@ -31,6 +31,7 @@ from graphwright.backend import KernelLister
 from graphwright.calibration import LENGTH, SAMPLES
 from graphwright.capture import capture
 from graphwright.compiled import KERNELS, Compiled, CompileOptions, rewrite
+from graphwright.engine.generate import PROMPT_LOOKUP
 from graphwright.engine.tokenizer import Tokenizer
 from graphwright.errors import GraphwrightError
 from graphwright.feeding import logits_of
@@ -111,6 +112,10 @@ def run(
     seed: Annotated[int, typer.Option()] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated")] = None,
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template")] = False,
+    draft: Annotated[
+        str, typer.Option(help="Guess tokens and check them: prompt-lookup, or a cheaper artifact of the same model")
+    ] = "",
+    draft_tokens: Annotated[int, typer.Option(help="Guesses that are checked at once")] = 5,
     threads: Threads = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -127,7 +132,10 @@ def run(
         "seed": seed,
         "stop": stop or (),
         "chat": chat,
+        "draft_tokens": draft_tokens,
     }
+    if draft:
+        options["draft"] = draft if draft == PROMPT_LOOKUP else graphwright.load(draft)
     if as_json:
         _print_json(asdict(compiled.generate(text, **options)))
         return

@@ -20,7 +20,8 @@ from torch import Tensor
 from graphwright.contract import Contract
 from graphwright.engine.continuation import Row
 from graphwright.engine.prompts import check_request, read_prompts
-from graphwright.engine.sampling import Sampling, choose
+from graphwright.engine.sampling import Sampling, choose, distribution, draw, seen_tokens
+from graphwright.engine.speculative import Drafter, ModelDrafter, PromptLookup, accept
 from graphwright.engine.tokenizer import Tokenizer
 from graphwright.errors import GenerationError, nearest
 from graphwright.program import Metadata
@@ -28,18 +29,26 @@ from graphwright.program import Metadata
 Run = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 """Runs a program once: inputs and state by name, state written in place, logits first among the outputs."""
 
+PROMPT_LOOKUP = "prompt-lookup"
+"""The draft that guesses from the text itself."""
+
 STEP_ROLES = frozenset({"token", "position", "key_position", "logit_index"})
 
 
 @dataclass
 class Timing:
-    """What generation took. `tokens_per_second` is the rate of decoding, prefill and first tokens left out."""
+    """What generation took. `tokens_per_second` is the rate of decoding, prefill and first tokens left out.
+
+    Of the `drafted_tokens` that a drafter guessed, `accepted_tokens` held.
+    """
 
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     prompt_tokens: int = 0
     new_tokens: int = 0
     tokens_per_second: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass
@@ -74,7 +83,8 @@ class Generator:
         Args:
             prompts: a text, texts, tokens, lists of tokens, or an int64 tensor [B, S]; with `chat` conversations too.
             **options: the fields of `Options`: max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0,
-                repetition_penalty=1.0, seed=0, stop=(), eos_token_ids=None, chat=False, attention_mask=None.
+                repetition_penalty=1.0, seed=0, stop=(), eos_token_ids=None, chat=False, attention_mask=None,
+                draft=None, draft_tokens=5. A draft is `prompt-lookup`, or a compiled program whose guesses are checked.
 
         Raises:
             GenerationError: the request cannot be served; nothing has been run.
@@ -122,7 +132,48 @@ class Generator:
         eos = frozenset(self.metadata.eos_token_ids if options.eos_token_ids is None else options.eos_token_ids)
         incremental = self.tokenizer is not None and (stream or bool(stop))
         outcomes = [Row(options.max_new_tokens, eos, self.tokenizer, stop if incremental else None) for _ in rows]
-        return _Decoding(_Steps(self.run, self.contract, rows, options.max_new_tokens), rows, outcomes, options)
+        parts = _Steps(self.run, self.contract, rows, options.max_new_tokens), rows, outcomes
+        if options.draft is None:
+            return _Decoding(*parts, options)
+        generator = options.sampling.generator()
+        return _Speculating(*parts, options, self._drafter(rows, options, generator), generator)
+
+    def _drafter(self, rows: list[list[int]], options: "Options", generator: torch.Generator) -> Drafter:
+        """Whoever guesses for this request.
+
+        Raises:
+            GenerationError: the request or the draft does not allow it.
+        """
+        if options.draft_tokens < 1:
+            raise GenerationError(f"draft_tokens is {options.draft_tokens}", fix="It must be 1 or more")
+        if len(rows) != 1:
+            raise GenerationError(
+                f"There are {len(rows)} prompts, and guesses are checked for one at a time",
+                fix="Call generate once for each prompt, or without a draft",
+            )
+        _require_whole_caches(self.contract, "The program")
+        if isinstance(options.draft, str):
+            if options.draft != PROMPT_LOOKUP:
+                raise GenerationError(
+                    f"There is no draft {options.draft!r}", fix=f"Use {PROMPT_LOOKUP!r}, or a compiled program"
+                )
+            return PromptLookup()
+        draft = getattr(options.draft, "generator", options.draft)
+        if not isinstance(draft, Generator):
+            raise GenerationError(
+                f"A draft is {PROMPT_LOOKUP!r} or a compiled program, and this is a {type(options.draft).__name__}"
+            )
+        if draft.metadata.vocab_size != self.metadata.vocab_size:
+            raise GenerationError(
+                f"The draft has a vocabulary of {draft.metadata.vocab_size} tokens, and the program one of "
+                f"{self.metadata.vocab_size}",
+                fix="Use a draft with the same tokenizer, such as a cheaper recipe of the same model",
+            )
+        _require_caches(draft.contract, draft.metadata)
+        _require_whole_caches(draft.contract, "The draft")
+        check_request(rows, options.max_new_tokens, draft.contract, draft.metadata)
+        steps = _Steps(draft.run, draft.contract, rows, options.max_new_tokens)
+        return ModelDrafter(steps.extend, options.sampling, generator)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +191,8 @@ class Options:
     eos_token_ids: Sequence[int] | None = None
     chat: bool = False
     attention_mask: Tensor | None = None
+    draft: Any = None
+    draft_tokens: int = 5
 
     @staticmethod
     def of(given: Mapping[str, Any]) -> "Options":
@@ -176,6 +229,16 @@ def _require_caches(contract: Contract, metadata: Metadata) -> None:
         raise GenerationError(
             f"The program takes {', '.join(unknown)}, which tokens alone do not determine",
             fix="Call the program with all its inputs by name",
+        )
+
+
+def _require_whole_caches(contract: Contract, whose: str) -> None:
+    rings = [spec.name for spec in contract.state if "capacity" not in spec.shape]
+    if rings:
+        raise GenerationError(
+            f"{whose} keeps {rings[0]} as a ring of the last tokens, and guesses that fall would have pushed out some "
+            "that are needed",
+            fix="Generate without a draft: this model's attention has a sliding window",
         )
 
 
@@ -233,6 +296,19 @@ class _Steps:
         tensors[self._keys] = self._steps[: self._live]
         return self._run(tensors)[0][:, -1]
 
+    @torch.no_grad()
+    def extend(self, start: int, tokens: list[int]) -> Tensor:
+        """Runs over tokens of the only prompt from place `start` on; the logits [S, V] after each.
+
+        What the caches held from there on is written over, and never seen.
+        """
+        end = start + len(tokens)
+        chunk = {self._token: torch.tensor([tokens]), self._position: self._steps[start:end][None]}
+        chunk[self._keys] = self._steps[:end]
+        if self._index:
+            chunk[self._index] = self._steps[None, : len(tokens)]
+        return self._run({**self._tensors, **chunk})[0][0]
+
     def end(self, row: int) -> None:
         """From now on the tokens of this row count as padding."""
         self._tensors[self._position][row] = -1
@@ -257,7 +333,7 @@ class _Decoding:
         generator = self._sampling.generator()
         started = time.perf_counter()
         logits = self._steps.prefill(self._prompts)
-        seen = _seen(self._prompts, logits) if self._sampling.repetition_penalty != 1.0 else None
+        seen = seen_tokens(self._prompts, logits) if self._sampling.repetition_penalty != 1.0 else None
         tokens = choose(logits, self._sampling, generator, seen)
         self.timing.prefill_seconds = time.perf_counter() - started
         active = self._take(tokens, list(range(len(self.rows))))
@@ -283,12 +359,55 @@ class _Decoding:
         return [index for index in active if index not in ended] if ended else active
 
 
-def _seen(prompts: list[list[int]], logits: Tensor) -> Tensor:
-    seen = torch.zeros(logits.shape, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        # A vocabulary may hold more tokens than the head predicts.
-        seen[row, [token for token in prompt if token < logits.shape[1]]] = True
-    return seen
+class _Speculating(_Decoding):
+    """A generation in which a drafter guesses; each iteration still adds one token."""
+
+    def __init__(
+        self,
+        steps: _Steps,
+        prompts: list[list[int]],
+        rows: list[Row],
+        options: Options,
+        drafter: Drafter,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__(steps, prompts, rows, options)
+        self._drafter = drafter
+        self._options = options
+        self._generator = generator
+
+    def __iter__(self) -> Iterator[None]:
+        """Prefill, then guesses and their check until the row has ended."""
+        ((row,), (prompt,), sampling) = self.rows, self._prompts, self._sampling
+        started = time.perf_counter()
+        first = draw(distribution(self._steps.prefill(self._prompts), sampling, prompt), self._generator)
+        self.timing.prefill_seconds = time.perf_counter() - started
+        active, text = self._take(first, [0]), [*prompt, int(first)]
+        yield
+        while active:
+            started = time.perf_counter()
+            tokens = self._next(text, self._options.max_new_tokens - len(row.tokens))
+            self.timing.decode_seconds += time.perf_counter() - started
+            for token in tokens:
+                active = self._take(torch.tensor([token]), active)
+                self.timing.tokens_per_second = (self.timing.new_tokens - 1) / self.timing.decode_seconds
+                yield
+                if not active:
+                    return
+            text += tokens
+
+    def _next(self, text: list[int], room: int) -> list[int]:
+        """One token or more, of which the last is no guess; at most `room`."""
+        draft = self._drafter.propose(text, min(self._options.draft_tokens, room - 1))
+        logits = self._steps.extend(len(text) - 1, [text[-1], *draft.tokens])
+
+        def target(kept: list[int]) -> Tensor:
+            return distribution(logits[len(kept) : len(kept) + 1], self._sampling, text + kept)
+
+        tokens = accept(draft, target, self._generator)
+        self.timing.drafted_tokens += len(draft.tokens)
+        self.timing.accepted_tokens += len(tokens) - 1
+        return tokens
 
 
 __all__ = ["GenerationResult", "Generator", "Options", "Run", "Timing"]

@@ -8,6 +8,7 @@ The filters keep the same tokens as the logits warpers of `transformers`, applie
 temperature, top-k, top-p, min-p. They are pure functions; nothing here knows of a model.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,30 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator, seen:
     values, tokens = logits.max(-1)
     _refuse_nan(values)
     return tokens
+
+
+def distribution(logits: Tensor, sampling: Sampling, text: Sequence[int]) -> Tensor:
+    """The probabilities [1, V] that the token after `text` is chosen from; one of them is 1 where that is greedy.
+
+    Raises:
+        GenerationError: the logits are NaN.
+    """
+    logits = logits.float()
+    if sampling.repetition_penalty != 1.0:
+        logits = penalize(logits, seen_tokens([text], logits), sampling.repetition_penalty)
+    _refuse_nan(logits.amax(-1))
+    if sampling.temperature > 0:
+        return warp(logits, sampling).softmax(-1)
+    return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+
+
+def seen_tokens(texts: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
+    """Bool [B, V], the tokens that occur in each text."""
+    seen = torch.zeros(logits.shape, dtype=torch.bool)
+    for row, text in enumerate(texts):
+        # A vocabulary may hold more tokens than the head predicts.
+        seen[row, [token for token in text if token < logits.shape[1]]] = True
+    return seen
 
 
 def warp(logits: Tensor, sampling: Sampling) -> Tensor:

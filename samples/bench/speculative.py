@@ -1,0 +1,77 @@
+"""Speculative decoding against plain decoding: tokens per second and how many guesses held.
+
+    python samples/bench/speculative.py smollm2-int4-dynamic --draft smollm2-int4
+    python samples/bench/speculative.py smollm2-fp32 --draft-tokens 2 4 8
+
+Greedy, on free text (a story) and on repetitive text (a list that is to be repeated with a change). Artifacts come from
+`graphwright compile`. Ways of decoding take turns; medians over rounds.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import graphwright
+from graphwright.engine.generate import PROMPT_LOOKUP
+
+PROMPTS = {
+    "free": "Write a short story about a lighthouse keeper who finds a letter in a bottle.",
+    "repetitive": "Repeat this list, and put the word very in front of every adjective:\n"
+    + "\n".join(f"{number}. The {adjective} house" for number, adjective in enumerate("old new tall red cold".split())),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--draft", type=Path, help="an artifact that guesses, beside prompt lookup")
+    parser.add_argument("--draft-tokens", type=int, nargs="+", default=[3, 7])
+    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    compiled = graphwright.load(arguments.artifact)
+    drafts: dict[str, Any] = {PROMPT_LOOKUP: PROMPT_LOOKUP}
+    if arguments.draft:
+        drafts[arguments.draft.name] = graphwright.load(arguments.draft)
+    ways: dict[str, dict[str, Any]] = {"plain": {}}
+    for name, draft in drafts.items():
+        ways |= {f"{name}, {n} guesses": {"draft": draft, "draft_tokens": n} for n in arguments.draft_tokens}
+    table = Table(title=f"{arguments.artifact.name}, greedy, {arguments.new_tokens} tokens")
+    for column in ("text", "draft", "tokens/s", "x plain", "guesses held", "same text"):
+        table.add_column(column, justify="left" if column in ("text", "draft") else "right")
+    for text, prompt in PROMPTS.items():
+        for row in measured(compiled, prompt, ways, arguments):
+            table.add_row(text, *row)
+    Console().print(table)
+
+
+def measured(
+    compiled: Any, prompt: str, ways: dict[str, dict[str, Any]], arguments: argparse.Namespace
+) -> list[list[str]]:
+    """One row for every way of decoding."""
+    options = {"max_new_tokens": arguments.new_tokens, "eos_token_ids": (), "chat": True}
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    results: dict[str, Any] = {}
+    for _ in range(arguments.rounds):
+        for name, way in ways.items():
+            results[name] = compiled.generate(prompt, **options, **way)
+            speeds[name].append(results[name].timing.tokens_per_second)
+    plain = statistics.median(speeds["plain"])
+    rows = []
+    for name, result in results.items():
+        timing, speed = result.timing, statistics.median(speeds[name])
+        held = f"{timing.accepted_tokens / timing.drafted_tokens:.0%}" if timing.drafted_tokens else ""
+        same = "yes" if result.tokens == results["plain"].tokens else "no"
+        rows.append([name, f"{speed:.1f}", f"{speed / plain:.2f}", held, same])
+    return rows
+
+
+if __name__ == "__main__":
+    main()
