@@ -7,6 +7,9 @@
 Greedy, the tokens are those of plain decoding. Sampled, a guess d of probability q(d) is kept with probability
 min(1, p(d) / q(d)), and where one falls the token is drawn from max(0, p - q): the tokens have the program's own
 distribution, whatever the drafter guesses. Leviathan et al. 2022, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318.
+
+Both hold as far as the program computes the same for one token and for several. Kernels that sum in another order may
+settle a near tie, or the rounding of an activation, differently.
 """
 
 from collections.abc import Callable

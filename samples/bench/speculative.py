@@ -19,10 +19,10 @@ from rich.table import Table
 import graphwright
 from graphwright.engine.generate import PROMPT_LOOKUP
 
+HOUSES = "1. The old house\n2. The new house\n3. The tall house\n4. The red house\n5. The cold house"
 PROMPTS = {
     "free": "Write a short story about a lighthouse keeper who finds a letter in a bottle.",
-    "repetitive": "Repeat this list, and put the word very in front of every adjective:\n"
-    + "\n".join(f"{number}. The {adjective} house" for number, adjective in enumerate("old new tall red cold".split())),
+    "repetitive": f"Repeat this list, and put the word very in front of every adjective:\n{HOUSES}",
 }
 
 
