@@ -3,7 +3,9 @@
 from typing import Any, Literal
 
 import onnx
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from graphwright.export_format import FormatOptions
 
 Profile = Literal["ort", "standard", "tensorrt"]
 
@@ -11,10 +13,8 @@ IR_VERSION = 10
 """What all runtimes of the last years read; opsets that need a newer one get it."""
 
 
-class OnnxOptions(BaseModel):
+class OnnxOptions(FormatOptions):
     """Options of the format `onnx`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     profile: Profile = Field(
         "ort",

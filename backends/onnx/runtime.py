@@ -41,6 +41,7 @@ class Session:
             )
         except Exception as error:
             raise BackendError(f"ONNX Runtime does not load {directory / MODEL}: {error}") from error
+        self.runtime = f"ONNX Runtime {onnxruntime.__version__}, CPU"
         self.inputs = {entry.name: entry for entry in self._session.get_inputs()}
         self.outputs = [entry.name for entry in self._session.get_outputs()]
 

@@ -24,6 +24,10 @@ LABELS = {
     "prompt_tokens": "Prompt tokens",
     "new_tokens": "New tokens",
     "threads": "Threads",
+    "relative_error": "Relative error against the program",
+    "tokens_per_second": "Decode, tokens/s",
+    "runtime": "Run on",
+    "limit": "Error that rounding explains",
 }
 
 
@@ -124,6 +128,13 @@ def _label(key: str) -> str:
     return LABELS.get(key, key.replace("_", " ").capitalize())
 
 
+def export_table(report: Report) -> list[tuple[str, str]]:
+    """Label and text of everything that is known of an export but its files and its verification."""
+    known = report.export or {}
+    hidden = ("format", "files", "verified", "left")
+    return table({"format": known.get("format"), **{k: v for k, v in known.items() if k not in hidden}})
+
+
 def coverage_counts(report: Report) -> tuple[int, int]:
     """(ops that the backend lowers itself, all ops)."""
     lowered = sum(report.coverage.get("lowered", {}).values())
@@ -136,6 +147,7 @@ def leftovers(report: Report) -> list[tuple[str, str]]:
     for name, count in sorted(report.coverage.get("fallbacks", {}).items(), key=lambda item: -item[1]):
         reason = report.coverage.get("reasons", {}).get(name, "") or "the backend gives no reason"
         left.append((f"{count} {TIMES} {name} not lowered", reason))
+    left += [(f"node {name} stayed out", why) for name, why in ((report.export or {}).get("left") or {}).items()]
     left += [(f"{row['name']} did not match", miss) for row in report.passes for miss in row["near_misses"]]
     return left + _unquantized(report)
 
