@@ -87,6 +87,15 @@ class KernelLister(Protocol):
         ...
 
 
+@runtime_checkable
+class PartialBackend(Protocol):
+    """A backend that learns while it compiles which nodes it does not take, and leaves them to PyTorch."""
+
+    def left(self, directory: Path, target: Target) -> dict[str, str]:
+        """The nodes that stayed out of what was compiled into `directory`, by name, each with the reason."""
+        ...
+
+
 @dataclass(frozen=True)
 class Coverage:
     """How much of a program a backend lowers itself; the rest falls back, and is listed with reasons."""
@@ -94,6 +103,8 @@ class Coverage:
     lowered: dict[str, int] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    """Every node that fell back, by name, with the reason; where the backend learns it by compiling."""
     passed_over: dict[str, str] = field(default_factory=dict)
     """Why backends that the target prefers were not used, by name."""
 
@@ -102,11 +113,15 @@ class Coverage:
         return vars(self).copy()
 
 
-def coverage(program: Program, backend: Backend, target: Target) -> Coverage:
-    """Asks the backend about every call of the program and counts the answers by op."""
-    found = Coverage()
+def coverage(program: Program, backend: Backend, target: Target, directory: Path | None = None) -> Coverage:
+    """Asks the backend about every call of the program and counts the answers by op.
+
+    With the directory of the compiled files, what compiling has shown counts too.
+    """
+    left = backend.left(directory, target) if directory and isinstance(backend, PartialBackend) else {}
+    found = Coverage(left=left)
     for node in program.calls():
-        support = backend.supports(node, target)
+        support = Support(False, left[node.name]) if node.name in left else backend.supports(node, target)
         name = op_name(node.target)
         counts = found.lowered if support.ok else found.fallbacks
         counts[name] = counts.get(name, 0) + 1

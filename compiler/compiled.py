@@ -178,7 +178,7 @@ def compile(
         recipe=wanted,
         target=machine,
         backend=lowering.name,
-        coverage=replace(coverage(rewritten, lowering, machine), passed_over=passed_over).to_json(),
+        coverage=replace(coverage(rewritten, lowering, machine, kernels), passed_over=passed_over).to_json(),
         seconds=seconds,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )

@@ -14,9 +14,9 @@ A format is one file, and is found by its name: `graphwright/formats/<name>.py`,
 `graphwright/backends/<name>/exporter.py` where a backend does the work. Either defines `FORMAT`, and imports the
 packages that it needs at its top: where one is missing, the error names the extra `graphwright[<name>]`.
 
-`exporting.export` does the rest for all of them, in this order: options are validated; `recipe` refuses what cannot be
-carried, before a model is read; capture and rewriting; `write` into a temporary directory; `verify`, if asked for;
-report and manifest; and one rename. Whatever fails or is interrupted leaves nothing behind.
+`exporting.export` does the rest for all of them, in this order: options are validated; `require` and `recipe` refuse
+what cannot be done or carried, before a model is read; capture and rewriting; `write` into a temporary directory;
+`verify`, if asked for; report and manifest; and one rename. Whatever fails or is interrupted leaves nothing behind.
 """
 
 from collections import Counter
@@ -98,6 +98,13 @@ class Format:
 
     name: ClassVar[str]
     options: ClassVar[type[FormatOptions]] = FormatOptions
+
+    def require(self, options: Any, *, verify: bool) -> None:
+        """Refuses, before any work, what cannot be done here.
+
+        Raises:
+            GraphwrightError: a package, a runtime or a device is missing; says what to do.
+        """
 
     def recipe(self, recipe: Recipe, options: Any) -> Recipe:
         """The recipe as the format needs it.

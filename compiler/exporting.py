@@ -72,6 +72,7 @@ def export(
     """
     writer = registry.export_format(format)
     chosen = validated(writer, options or {})
+    writer.require(chosen, verify=verify)
     carried = writer.recipe(Recipe.load(recipe), chosen)
     plan_passes(carried)
     how = compile_options or CompileOptions(progress=progress)

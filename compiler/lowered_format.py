@@ -45,7 +45,7 @@ class LoweredFormat(Format):
         """The backend's own answer for every op."""
         target: Target = self.target(export.options)
         (backend,) = backends_for(target, self.lowering)
-        return coverage(export.program, backend, target)
+        return coverage(export.program, backend, target, export.directory / KERNELS)
 
 
 __all__ = ["LoweredFormat"]

@@ -19,20 +19,18 @@ from graphwright.backends.onnx import model as files
 from graphwright.backends.onnx import ort
 from graphwright.backends.onnx.genai import write_config
 from graphwright.backends.onnx.options import OnnxOptions
-from graphwright.backends.onnx.quantized import FOUR_BIT_OPSET
-from graphwright.backends.onnx.runtime import Session, padded_batch
+from graphwright.backends.onnx.runtime import Session, import_runtime, padded_batch
 from graphwright.errors import BackendError, RecipeError
 from graphwright.export_format import Export, Format, Verified, error_limit
-from graphwright.match import argument
 from graphwright.numerics import relative_error
 from graphwright.pass_ import Pass
 from graphwright.recipe import Recipe, make_pass
 
-CARRIED = {"ort": ("int8", "int4"), "standard": ("int8", "int4"), "tensorrt": ("int8", "int4", "fp8_e4m3")}
-"""Weight formats that each profile has a form for."""
-
 REPLACED = {"kv_cache", "selected_logits"}
 """Properties whose passes give way to explicit caches and the logits of every token."""
+
+SPARSE = {"compressed_sparse"}
+"""Properties whose passes store weights without their zeros."""
 
 LEFT_OUT = REPLACED | {"experts"}
 """Properties whose passes are not run: experts are written as products of sorted rows."""
@@ -45,6 +43,15 @@ class Onnx(Format):
 
     name = "onnx"
     options = OnnxOptions
+
+    def require(self, options: Any, *, verify: bool) -> None:
+        """Refuses verification where nothing runs the model.
+
+        Raises:
+            BackendError: ONNX Runtime is missing.
+        """
+        if verify:
+            import_runtime()
 
     def recipe(self, recipe: Recipe, options: Any) -> Recipe:
         """The recipe with explicit caches instead of caches in place.
@@ -70,8 +77,6 @@ class Onnx(Format):
             BackendError: the program holds what the profile cannot carry.
         """
         program, options = export.program, export.options
-        for node in program.calls(ops.quantized_linear.target, ops.quantized_embedding.target):
-            _require_carried(str(argument(node, "format")), options)
         export.progress("translate to ONNX", 0.6)
         built = files.build(program, options)
         export.progress("write", 0.8)
@@ -115,30 +120,16 @@ class Onnx(Format):
 
 
 def _refuse_format(one: Pass, options: OnnxOptions) -> None:
-    """Refuses, before any work, a pass whose options ask for codes that the file cannot hold."""
-    if "quantized" not in one.provides:
-        return
-    for name, value in one.model_dump().items():
-        if name == "format" or name.endswith("_format"):
-            _require_carried(str(value), options, where=f"option {name} of pass {one.name}")
-        elif (name == "bits" or name.endswith("_bits")) and value:
-            _require_carried(f"int{value}", options, where=f"option {name} of pass {one.name}")
-
-
-def _require_carried(format: str, options: OnnxOptions, where: str = "") -> None:
-    carried = CARRIED[options.profile]
-    if format not in carried:
+    """Refuses, before any work, a pass whose options ask for weights that the file cannot hold."""
+    for format in one.weight_formats:
+        refusal = options.refusal(format)
+        if refusal:
+            raise RecipeError(refusal[0], where=f"pass {one.spec()}", fix=refusal[1])
+    if SPARSE & set(one.provides) and not options.decompose:
         raise RecipeError(
-            f"Profile {options.profile} of ONNX cannot carry weights of format {format}",
-            where=where,
-            fix=f"It carries {', '.join(carried)}",
-        )
-    narrow = options.profile == "standard" and options.opset < FOUR_BIT_OPSET and not options.wide_codes
-    if format == "int4" and narrow:
-        raise RecipeError(
-            f"Opset {options.opset} of ai.onnx has no 4-bit type",
-            where=where,
-            fix="Set opset=24 or profile=ort, or wide_codes=true, which stores each code in 8 bits",
+            "ONNX has no form for weights without their zeros",
+            where=f"pass {one.name}",
+            fix="Leave the pass out, or set decompose=true, which writes the zeros in full",
         )
 
 

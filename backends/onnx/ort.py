@@ -14,6 +14,7 @@ from torch.nn import functional
 from graphwright import ops, packing
 from graphwright.backends.onnx import semantic
 from graphwright.backends.onnx.builder import MICROSOFT
+from graphwright.backends.onnx.options import CARRIED
 from graphwright.backends.onnx.quantized import quantized_embedding as plain_embedding
 from graphwright.backends.onnx.quantized import quantized_linear as plain_linear
 from graphwright.backends.onnx.quantized import zeros
@@ -175,7 +176,11 @@ def quantized_linear(t: Translator, node: fx.Node) -> ir.Value:
     name = str(argument(node, "weight").target)
     assert weight is not None and scale is not None  # noqa: S101, PT018
     bits = packing.FORMATS[format].bits
-    if not block_size(scale.shape[1], group_size) or (bits == 8 and not t.options.integer_products):
+    if (
+        format not in ("int4", "int8")
+        or not block_size(scale.shape[1], group_size)
+        or (bits == 8 and not t.options.integer_products)
+    ):
         return plain_linear(t, node)
     features, outputs = int(node.args[0].meta["val"].shape[-1]), int(weight.shape[0])
     b = t.builder

@@ -1,7 +1,7 @@
 """From an ONNX model to a serialized engine, on any machine: what the parser takes, the profiles, and the build.
 
     refusals = refused(path)                     # {node: reason}; empty if TensorRT takes the whole model
-    engine = build(path, contract, "sm_89", progress)
+    engine = build(path, ranges(contract), "sm_89", progress)
     engine.data, engine.weight_bytes
 
 Engines are those of TensorRT for RTX: built ahead of time for a compute capability, without a GPU; the last step, from
@@ -10,12 +10,13 @@ dtype that the program gives it.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import onnx
+import sympy
 import tensorrt_rtx as trt
 
 from graphwright.backend import Progress
@@ -73,6 +74,10 @@ class Engine:
         return {key: value for key, value in asdict(self).items() if key != "data"}
 
 
+class BuildError(BackendError):
+    """The builder, which looks closer than the parser, refused a model; its words name the node."""
+
+
 class _Log(trt.ILogger):  # type: ignore[misc]
     """Keeps what TensorRT says, instead of printing it."""
 
@@ -111,8 +116,14 @@ def refused(path: Path) -> dict[str, str]:
     return reasons
 
 
-def build(path: Path, contract: Contract, arch: str, progress: Progress) -> Engine:
+def build(path: Path, profiles: Sequence[dict[str, Sizes]], arch: str, progress: Progress) -> Engine:
     """Builds the engine of a model for one compute capability, such as `sm_89`.
+
+    Args:
+        path: of the model.
+        profiles: sizes of every dimension; see `ranges`.
+        arch: the compute capability.
+        progress: called with what is being done.
 
     Raises:
         BackendError: TensorRT does not parse the model or does not build it; its own words are given.
@@ -126,7 +137,6 @@ def build(path: Path, contract: Contract, arch: str, progress: Progress) -> Engi
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.num_compute_capabilities = 1
     config.set_compute_capability(_capability(arch), 0)
-    profiles = ranges(contract)
     for sizes in profiles:
         profile = builder.create_optimization_profile()
         for index in range(network.num_inputs):
@@ -136,7 +146,7 @@ def build(path: Path, contract: Contract, arch: str, progress: Progress) -> Engi
     progress(f"build the engine for {arch}", 0.3)
     data = builder.build_serialized_network(network, config)
     if data is None:
-        raise BackendError(f"TensorRT does not build the engine for {arch}: {'; '.join(log.errors)[:800]}")
+        raise BuildError(f"TensorRT does not build the engine for {arch}: {'; '.join(log.errors)[:800]}")
     return Engine(
         data=bytes(data),
         arch=arch,
@@ -149,8 +159,13 @@ def build(path: Path, contract: Contract, arch: str, progress: Progress) -> Engi
     )
 
 
-def ranges(contract: Contract) -> list[dict[str, Sizes]]:
-    """The sizes of two profiles: decode, with one new token, and prefill."""
+def ranges(contract: Contract, more: Mapping[str, sympy.Expr] | None = None) -> list[dict[str, Sizes]]:
+    """The sizes of two profiles: decode, with one new token, and prefill.
+
+    Args:
+        contract: of the whole program.
+        more: sizes of a part that the contract has no name for, over those that it has.
+    """
     found: list[dict[str, Sizes]] = [{}, {}]
     for dim in contract.dims:
         decode = prefill = (dim.min, min(USUAL_KEYS, dim.max), dim.max)
@@ -160,6 +175,10 @@ def ranges(contract: Contract) -> list[dict[str, Sizes]]:
             decode = (1, 1, 1)
             prefill = (1, min(USUAL_PROMPT if dim.name == "sequence" else 1, dim.max), min(PROMPT, dim.max))
         found[0][dim.name], found[1][dim.name] = (_at_most(dim.max, sizes) for sizes in (decode, prefill))
+    for sizes in found:
+        for name, size in (more or {}).items():
+            three = (size.subs({str(s): sizes[str(s)][which] for s in size.free_symbols}) for which in range(3))
+            sizes[name] = tuple(map(int, three))  # type: ignore[assignment]
     return found if any(dim.name == "sequence" for dim in contract.dims) and contract.state else found[1:]
 
 

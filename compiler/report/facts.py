@@ -131,7 +131,7 @@ def _label(key: str) -> str:
 def export_table(report: Report) -> list[tuple[str, str]]:
     """Label and text of everything that is known of an export but its files and its verification."""
     known = report.export or {}
-    hidden = ("format", "files", "verified", "left")
+    hidden = ("format", "files", "verified")
     return table({"format": known.get("format"), **{k: v for k, v in known.items() if k not in hidden}})
 
 
@@ -147,7 +147,6 @@ def leftovers(report: Report) -> list[tuple[str, str]]:
     for name, count in sorted(report.coverage.get("fallbacks", {}).items(), key=lambda item: -item[1]):
         reason = report.coverage.get("reasons", {}).get(name, "") or "the backend gives no reason"
         left.append((f"{count} {TIMES} {name} not lowered", reason))
-    left += [(f"node {name} stayed out", why) for name, why in ((report.export or {}).get("left") or {}).items()]
     left += [(f"{row['name']} did not match", miss) for row in report.passes for miss in row["near_misses"]]
     return left + _unquantized(report)
 

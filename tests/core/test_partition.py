@@ -105,7 +105,9 @@ def test_sizes_without_a_name_get_one() -> None:
     dim = second.program.contract.dim("size_0")
     assert dim.max == program.contract.dim("batch").max * program.contract.dim("sequence").max
     x = torch.randn(2, 7, 5)
-    assert torch.equal(run(partition(program, lambda n: "tanh" in str(n.target)), program, {"x": x})[0], program(x=x)[0])
+    assert torch.equal(
+        run(partition(program, lambda n: "tanh" in str(n.target)), program, {"x": x})[0], program(x=x)[0]
+    )
 
 
 class Same(torch.nn.Module):

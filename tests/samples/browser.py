@@ -39,7 +39,9 @@ class Browser:
 
     def __init__(self, profile: Path) -> None:
         self._driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True)
-        port = next(found[1] for line in self._driver.stdout if (found := re.search(r"successfully on port (\d+)", line)))
+        port = next(
+            found[1] for line in self._driver.stdout if (found := re.search(r"successfully on port (\d+)", line))
+        )
         self._address = f"http://127.0.0.1:{port}/session"
         arguments = [*FLAGS, f"--user-data-dir={profile}"]
         wanted = {"browserName": "chrome", "goog:chromeOptions": {"args": arguments, "binary": chromium()}}

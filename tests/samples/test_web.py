@@ -1,6 +1,7 @@
 """The page of samples/web in headless Chromium: the exported model's own tokens, streamed, on onnxruntime-web."""
 
 import importlib.util
+import itertools
 import json
 import os
 import threading
@@ -84,7 +85,10 @@ def page(address: str, tmp_path_factory) -> Iterator[Browser]:
     with Browser(tmp_path_factory.mktemp("profile")) as browser:
         browser.open(address + "?threads=1")
         state = browser.until("const s = document.body.dataset.state; return s != 'loading' && s")
-        assert state == "ready", (browser.run("return document.getElementById('status').textContent"), browser.console())
+        assert state == "ready", (
+            browser.run("return document.getElementById('status').textContent"),
+            browser.console(),
+        )
         yield browser
 
 
@@ -114,7 +118,7 @@ def test_the_tokens_are_those_of_onnx_runtime_and_they_are_streamed(page: Browse
     assert len(shown) > 10
     seen = page.run("return window.seen")
     assert len(set(seen)) > 5, "the text came at once, not piece by piece"
-    assert all(later.startswith(earlier) for earlier, later in zip(seen, seen[1:], strict=False) if later)
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(seen) if later)
     assert page.run("return document.getElementById('speed').textContent").endswith(" tokens/s")
 
 

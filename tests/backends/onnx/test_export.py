@@ -56,11 +56,79 @@ def test_wrong_options_are_named(options: dict, message: str, tmp_path: Path) ->
 
 def test_codes_without_a_type_are_refused_before_the_model_is_read(tmp_path: Path) -> None:
     standard = {"profile": "standard", "opset": 20}
-    with pytest.raises(RecipeError, match=r"has no 4-bit type.*option bits of pass rtn.*wide_codes"):
+    with pytest.raises(RecipeError, match=r"has no 4-bit type.*pass rtn\{bits=4.*wide_codes"):
         exporting.export("nowhere", "onnx", tmp_path / "out", recipe=INT4, options=standard)
-    with pytest.raises(RecipeError, match="cannot carry weights of format nf4.*int8, int4"):
-        onnx_exporter._require_carried("nf4", onnx_exporter.OnnxOptions())
     assert not list(tmp_path.iterdir())
+
+
+REFUSED = {
+    "ort": {"nf4", "int3-gptq", "fp8"},
+    "standard": {"nf4", "int3-gptq", "fp8"},
+    "tensorrt": {"nf4", "int3-gptq"},
+}
+
+
+@pytest.mark.parametrize("profile", REFUSED)
+def test_every_preset_is_carried_or_refused_by_its_recipe_alone(profile: str) -> None:
+    """What is carried here is exported in test_weights; decomposed, everything is."""
+    refused = set()
+    for name in presets():
+        options = OnnxOptions(profile=profile, opset=24)
+        try:
+            FORMAT.recipe(Recipe.load(name), options)
+        except RecipeError as error:
+            refused.add(name)
+            assert "It carries int8, int4" in error.fix
+        FORMAT.recipe(Recipe.load(name), OnnxOptions(profile=profile, opset=24, decompose=True))
+    assert refused == REFUSED[profile]
+
+
+def test_mixed_widths_and_patterns_are_looked_into() -> None:
+    mixed = Recipe.load({"passes": [{"rtn": {"bits": 4, "mixed_bits": 3.5}}]})
+    with pytest.raises(RecipeError, match="format int2"):
+        FORMAT.recipe(mixed, OnnxOptions())
+    named = Recipe.load({"passes": [{"rtn": {"bits": 4, "layers": {"down": {"bits": 3}}}}]})
+    with pytest.raises(RecipeError, match="format int3"):
+        FORMAT.recipe(named, OnnxOptions())
+    sparse = Recipe.load({"passes": [{"magnitude": {"ratio": 0.5}}, "compress_sparse"]})
+    with pytest.raises(RecipeError, match="no form for weights without their zeros.*decompose=true"):
+        FORMAT.recipe(sparse, OnnxOptions())
+
+
+def test_a_missing_runtime_is_named_before_the_model_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BackendError, match=r"needs the package onnxruntime.*graphwright\[onnx\]"):
+        exporting.export("nowhere", "onnx", tmp_path / "out", verify=True)
+
+
+class Large(torch.nn.Module):
+    """A linear layer over a gigabyte and more of a file that is one hole: no memory, and no time to fill it."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight)
+
+
+def test_a_model_of_more_than_two_gigabytes_has_its_weights_beside_it(tmp_path: Path) -> None:
+    """Beyond what one protobuf holds: what is written is a hole again, and the checker reads the model by its path."""
+    rows, width = 70_000, 8_192
+    hole = tmp_path / "hole"
+    with hole.open("wb") as file:
+        file.truncate(rows * width * 4)
+    weight = torch.from_file(str(hole), shared=True, size=rows * width).view(rows, width)
+    program = graphwright.capture(Large(weight), {"x": torch.randn(3, width)})
+    model = build_model(program, OnnxOptions(profile="standard"))
+    (stored,) = [v.const_value for v in model.graph.initializers.values() if v.const_value.nbytes > 1024]
+    assert stored.nbytes > 2**31
+    assert stored.raw.data_ptr() == program.weight("weight").data_ptr(), "the weight was copied"
+    monkey = tmp_path / "out"
+    monkey.mkdir()
+    files.save(model, monkey)
+    assert (monkey / files.MODEL).stat().st_size < 10_000
+    assert (monkey / files.DATA).stat().st_size >= 2**31
 
 
 def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

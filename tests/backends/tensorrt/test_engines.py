@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import json
 from pathlib import Path
 
 import numpy as np
@@ -55,13 +54,14 @@ def engine(family: str, recipe: str, arch: str = "sm_89"):
     import tempfile
 
     from graphwright.backends.tensorrt.engine import build as build_engine
-    from graphwright.backends.tensorrt.engine import refused
+    from graphwright.backends.tensorrt.engine import ranges, refused
 
     program = rewritten(family, recipe)
     with tempfile.TemporaryDirectory() as folder:
         model.save(model.build(program, OnnxOptions(profile="tensorrt")), Path(folder))
         assert refused(Path(folder) / model.MODEL) == {}
-        return build_engine(Path(folder) / model.MODEL, program.contract, arch, lambda _text, _fraction: None)
+        profiles = ranges(program.contract)
+        return build_engine(Path(folder) / model.MODEL, profiles, arch, lambda _text, _fraction: None)
 
 
 def twin(program: Program, folder: Path):
@@ -183,29 +183,6 @@ def test_a_refused_node_is_named(tmp_path: Path) -> None:
     names = [helper.make_tensor_value_info(n, TensorProto.STRING, ["n"]) for n in "xy"]
     onnx.save(helper.make_model(helper.make_graph([node], "g", names[:1], names[1:])), tmp_path / "odd.onnx")
     assert "odd/StringNormalizer_0" in refused(tmp_path / "odd.onnx")
-
-
-@needs_tensorrt
-def test_an_artifact_holds_the_engine_and_says_where_it_runs(tmp_path: Path) -> None:
-    compiled = graphwright.compile(build("llama"), {"passes": RECIPES["int4"]}, "tensorrt:sm_120", verify=False)
-    compiled.save(tmp_path / "out")
-    kernels = tmp_path / "out" / "kernels"
-    facts = json.loads((kernels / "sm_120.json").read_text())
-    assert facts["quantized"]["INT4"] >= 8
-    assert (kernels / "sm_120.engine").stat().st_size > facts["weight_bytes"]
-    assert compiled.report.coverage["fallbacks"] == {}
-    if local_gpu() is None:
-        with pytest.raises(TargetError, match="built for sm_120, and this machine has no GPU"):
-            graphwright.load(tmp_path / "out")
-        with pytest.raises(TargetError, match="no GPU"):
-            compiled.generate([[1, 2, 3]], max_new_tokens=1)
-
-
-@needs_tensorrt
-def test_weights_that_tensorrt_has_no_form_for_are_named() -> None:
-    recipe = {"passes": [*CACHED, {"nf4": {"group_size": 32}}]}
-    with pytest.raises(BackendError, match=r"does not take \d+ nodes.*no weights of format nf4"):
-        graphwright.compile(build("llama"), recipe, "tensorrt:sm_89", verify=False)
 
 
 def test_sizes_outside_of_the_profiles_are_named() -> None:
