@@ -14,7 +14,6 @@ from torch.nn import functional
 from graphwright import ops, packing
 from graphwright.backends.onnx import semantic
 from graphwright.backends.onnx.builder import MICROSOFT
-from graphwright.backends.onnx.options import CARRIED
 from graphwright.backends.onnx.quantized import quantized_embedding as plain_embedding
 from graphwright.backends.onnx.quantized import quantized_linear as plain_linear
 from graphwright.backends.onnx.quantized import zeros

@@ -33,6 +33,9 @@ PROMPT, USUAL_PROMPT, USUAL_KEYS = 4096, 512, 1024
 CONTRACT_DIMS = {file: contract for contract, file in DIMS.items()}
 """The contract's name of each dimension that the file calls otherwise."""
 
+ORIGINS = re.compile(rb"\[ONNX Layer: ([^\]\0]+)\]")
+"""How a built engine names the nodes that its kernels compute."""
+
 WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
 
 
@@ -58,6 +61,8 @@ class Engine:
         weight_bytes: memory that the engine's weights take on the device.
         layers: number of the network's layers by type.
         quantized: number of weights that are dequantized in the network, by the dtype of their codes.
+        dequantized: nodes of the model that dequantize in the built engine, as its own layer information says; what a
+            builder folds into dense weights is not among them. The engine inspector proper needs a GPU's driver.
     """
 
     data: bytes = field(repr=False)
@@ -68,6 +73,7 @@ class Engine:
     weight_bytes: int
     layers: dict[str, int]
     quantized: dict[str, int]
+    dequantized: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the data."""
@@ -156,6 +162,7 @@ def build(path: Path, profiles: Sequence[dict[str, Sizes]], arch: str, progress:
         weight_bytes=log.weight_bytes,
         layers=_counts(network),
         quantized=_quantized(network),
+        dequantized=_dequantized(bytes(data)),
     )
 
 
@@ -239,3 +246,8 @@ def _quantized(network: Any) -> dict[str, int]:
             name = layer.get_input(0).dtype.name
             found[name] = found.get(name, 0) + 1
     return found
+
+
+def _dequantized(data: bytes) -> tuple[str, ...]:
+    names = {found.decode() for found in ORIGINS.findall(data)}
+    return tuple(sorted(name for name in names if "/DequantizeLinear_" in name))

@@ -12,6 +12,7 @@ from families.cache import captured
 from families.configs import build
 
 import graphwright
+from graphwright import ops
 from graphwright.backends.onnx import model
 from graphwright.backends.onnx.naming import tensor_name
 from graphwright.backends.onnx.options import OnnxOptions
@@ -50,7 +51,7 @@ def rewritten(family: str, recipe: str) -> Program:
 
 
 @functools.cache
-def engine(family: str, recipe: str, arch: str = "sm_89"):
+def engine(family: str, recipe: str, arch: str = "sm_89", profiles: int = 2):
     import tempfile
 
     from graphwright.backends.tensorrt.engine import build as build_engine
@@ -60,8 +61,8 @@ def engine(family: str, recipe: str, arch: str = "sm_89"):
     with tempfile.TemporaryDirectory() as folder:
         model.save(model.build(program, OnnxOptions(profile="tensorrt")), Path(folder))
         assert refused(Path(folder) / model.MODEL) == {}
-        profiles = ranges(program.contract)
-        return build_engine(Path(folder) / model.MODEL, profiles, arch, lambda _text, _fraction: None)
+        sizes = ranges(program.contract)[-profiles:]
+        return build_engine(Path(folder) / model.MODEL, sizes, arch, lambda _text, _fraction: None)
 
 
 def twin(program: Program, folder: Path):
@@ -125,30 +126,23 @@ def test_what_tensorrt_reads_computes_what_the_program_computes(family: str, rec
 
 
 SLOW_TO_BUILD = {"deepseek_v2", "deepseek_v3", "gpt_oss", "qwen2_moe", "qwen3_moe"}
-"""Mixtures whose engines take half a minute each; of these the parser alone is asked, and mixtral is built for all."""
+"""Mixtures, of which the prefill profile alone is built; mixtral is built with both."""
 
 
 @needs_tensorrt
-@pytest.mark.parametrize("family", sorted(SLOW_TO_BUILD))
-def test_the_parser_takes_every_node_of_the_other_mixtures(family: str, tmp_path: Path) -> None:
-    from graphwright.backends.tensorrt.engine import refused
-
-    model.save(model.build(rewritten(family, "fp32"), OnnxOptions(profile="tensorrt")), tmp_path)
-    assert refused(tmp_path / model.MODEL) == {}
-
-
-@needs_tensorrt
-@pytest.mark.parametrize("family", [name for name in CAUSAL if name not in SLOW_TO_BUILD])
+@pytest.mark.parametrize("family", CAUSAL)
 def test_every_family_becomes_one_engine(family: str) -> None:
-    built = engine(family, "fp32")
+    profiles = 1 if family in SLOW_TO_BUILD else 2
+    built = engine(family, "fp32", profiles=profiles)
     contract = rewritten(family, "fp32").contract
     assert [tensor.name for tensor in built.inputs] == [tensor_name(name) for name in contract.names]
     assert [tensor.name for tensor in built.outputs][:1] == ["logits"]
     updates = {f"{spec.name}.{part}" for spec in contract.state for part in ("new", "slots")}
     assert {tensor.name for tensor in built.outputs} == {"logits"} | updates
     assert len(built.data) > built.weight_bytes > 0
-    assert [profile["sequence"][0] for profile in built.profiles] == [1, 1]
-    assert [profile["sequence"][2] for profile in built.profiles] == [1, min(4096, contract.dim("sequence").max)]
+    longest = [1, min(4096, contract.dim("sequence").max)]
+    assert [profile["sequence"][0] for profile in built.profiles] == [1] * profiles
+    assert [profile["sequence"][2] for profile in built.profiles] == longest[-profiles:]
 
 
 @needs_tensorrt
@@ -159,11 +153,16 @@ def test_every_family_becomes_one_engine(family: str) -> None:
 def test_quantized_weights_stay_quantized(recipe: str, codes: str) -> None:
     built = engine("llama", recipe)
     assert built.quantized[codes] >= 8  # four in each of two layers
+    # The built engine's own layers dequantize every one of them: none was folded into a dense weight.
+    program = rewritten("llama", recipe)
+    layers = {node.name for node in program.calls(ops.quantized_linear.target)}
+    assert layers == {name.partition("/")[0] for name in built.dequantized if name.startswith("quantized_linear")}
     weights = sum(t.numel() * t.element_size() for t in rewritten("llama", recipe).weights().values())
     dense = engine("llama", "fp32").weight_bytes
     # What the built engine holds on the device, as TensorRT counts it: the codes, and nothing dequantized beside them.
     assert built.weight_bytes < 1.25 * weights + 4096
     assert built.weight_bytes < 0.55 * dense
+    assert engine("llama", "fp32").dequantized == ()
 
 
 @needs_tensorrt
