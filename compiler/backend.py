@@ -79,11 +79,37 @@ class JustInTimeBackend(Protocol):
 
 
 @runtime_checkable
+class AheadOfTimeBackend(Protocol):
+    """A backend that cannot serve torch.compile, and says why and what can."""
+
+    def refuse_jit(self) -> None:
+        """Refuses.
+
+        Raises:
+            BackendError: always.
+        """
+        ...
+
+
+@runtime_checkable
 class KernelLister(Protocol):
     """A backend that can say what its compiled kernels are made of."""
 
     def kernels(self, directory: Path) -> list[dict[str, Any]]:
         """One row for every kernel in an artifact's directory of compiled files."""
+        ...
+
+
+@runtime_checkable
+class RequiringBackend(Protocol):
+    """A backend that is imported without packages that it compiles with."""
+
+    def require(self) -> None:
+        """Refuses to begin.
+
+        Raises:
+            BackendError: a package is missing; says what to install.
+        """
         ...
 
 
@@ -167,13 +193,13 @@ def required_backend(target: Target, name: str = "") -> Backend:
         raise BackendError(
             f"No backend of this version compiles for {target.name}", fix="Compile for cpu, which runs everywhere"
         )
-    if not name:
-        return registry.backend(target.backends[-1])
-    backend = registry.backend(name)
+    backend = registry.backend(name or target.backends[-1])
     if target.kind not in backend.kinds:
         raise BackendError(
             f"Backend {name} compiles for {', '.join(backend.kinds)}, and {target.name} is {target.kind}"
         )
+    if isinstance(backend, RequiringBackend):
+        backend.require()
     return backend
 
 

@@ -235,6 +235,10 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there")] = False,
     check: Annotated[bool, typer.Option(help="Compare numbers after every pass")] = True,
     seed: Annotated[int, typer.Option(help="Seeds everything random")] = 0,
+    calibration: Annotated[Path | None, typer.Option(help="Text file to calibrate on; built-in text otherwise")] = None,
+    calibration_samples: Annotated[int, typer.Option(min=1, help="Windows of the calibration text")] = SAMPLES,
+    calibration_length: Annotated[int, typer.Option(min=2, help="Tokens per window")] = LENGTH,
+    checkpoint: Annotated[Path | None, typer.Option(help="Keep finished layers here; run again to go on")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Rewrite MODEL and write it in a format that other runtimes load."""
@@ -247,7 +251,15 @@ def export(
             options=_settings(option or []),
             verify=verify,
             overwrite=force,
-            compile_options=CompileOptions(verify=check, seed=seed, progress=progress),
+            compile_options=CompileOptions(
+                verify=check,
+                seed=seed,
+                calibration_text=read_text(calibration) if calibration else "",
+                calibration_samples=calibration_samples,
+                calibration_length=calibration_length,
+                checkpoint=checkpoint,
+                progress=progress,
+            ),
         )
     report = Report.load(written / "report.json")
     if as_json:

@@ -97,7 +97,7 @@ class _Cutter:
         self._symbols = symbol_names(program.graph, program.contract)
         self._specs = {spec.name: spec for spec in (*program.contract.inputs, *program.contract.state)}
         self._names: dict[fx.Node, str] = {}
-        outputs: Sequence[Any] = program.graph.output_node().args[0]
+        outputs: Any = program.graph.output_node().args[0]
         for node, name in zip(outputs, program.contract.outputs, strict=True):
             if node.op == "placeholder" or node in self._names or node.op == "get_attr":
                 raise BackendError(f"Output {name} is no value of its own", where=describe(node))
@@ -105,7 +105,8 @@ class _Cutter:
 
     def part(self, nodes: Sequence[fx.Node], taken: bool) -> Part:
         """The part of one level."""
-        mine, sizes = set(nodes), {}
+        mine = set(nodes)
+        sizes: dict[str, sympy.Expr] = {}
         outside = dict.fromkeys(n for node in nodes for n in _tensors(node) if n not in mine and n.op != "get_attr")
         order = {node: index for index, node in enumerate(self._program.graph.nodes)}
         sources = sorted(outside, key=order.__getitem__)

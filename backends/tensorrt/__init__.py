@@ -14,7 +14,7 @@ TensorRT is imported when the backend is first used, so that programs for other 
 
 import importlib.util
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,14 @@ class TensorrtBackend:
 
     name = "tensorrt"
     kinds = ("tensorrt",)
+
+    def require(self) -> None:
+        """Refuses to begin without TensorRT and ONNX.
+
+        Raises:
+            BackendError: a package is missing.
+        """
+        require_packages()
 
     def supports(self, node: fx.Node, target: Target) -> Support:
         """Whether the node has a form that TensorRT's parser takes."""
@@ -111,17 +119,17 @@ class TensorrtBackend:
                 )
         return rows
 
-    def jit(self, program: Program) -> Callable[[Sequence[Any]], Any]:
-        """Refused: engines are built ahead of time, and their state lies outside of a torch.compile region.
+    def refuse_jit(self) -> None:
+        """Refuses: engines are built ahead of time, and their state lies outside of a torch.compile region.
 
         Raises:
             BackendError: always, with what to do instead.
         """
-        missing = importlib.util.find_spec("torch_tensorrt") is None
+        there = importlib.util.find_spec("torch_tensorrt") is not None
         raise BackendError(
-            "The tensorrt backend builds engines ahead of time, and does not serve torch.compile"
-            + ("; torch_tensorrt, which would, is not installed" if missing else ""),
-            fix="Use `graphwright compile --target tensorrt:sm_89`, or torch.compile with the target cuda",
+            "The tensorrt backend builds engines ahead of time, and does not serve torch.compile; torch_tensorrt "
+            + ("is installed, but our ops have no converters for it" if there else "is not installed"),
+            fix="Use graphwright compile --target tensorrt:sm_89, or torch.compile with the target cuda",
         )
 
 

@@ -49,8 +49,8 @@ def check(program: Program, parts: list[Part]) -> None:
             assert torch.equal(theirs[spec.name], mine[spec.name])
 
 
-@settings(deadline=None, max_examples=15)
-@given(st.sampled_from(["llama", "mixtral", "bloom"]), st.integers(0, 1 << 30), st.sampled_from([0.05, 0.5, 0.95]))
+@settings(deadline=None, max_examples=8)
+@given(st.sampled_from(["llama", "mixtral"]), st.integers(0, 1 << 30), st.sampled_from([0.05, 0.5, 0.95]))
 def test_any_choice_of_nodes_computes_the_same(family: str, seed: int, share: float) -> None:
     program = cached(family)
     generator = torch.Generator().manual_seed(seed)

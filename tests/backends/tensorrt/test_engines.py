@@ -197,7 +197,7 @@ def test_sizes_outside_of_the_profiles_are_named() -> None:
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(BackendError, match=r"needs the package tensorrt-rtx.*graphwright\[tensorrt\]"):
-        graphwright.compile(build("llama"), "fp32", "tensorrt:sm_89", verify=False)
+        graphwright.compile("nowhere", "fp32", "tensorrt:sm_89")  # before the model is looked for
 
 
 def test_targets() -> None:
@@ -209,8 +209,9 @@ def test_targets() -> None:
             Target.parse("tensorrt")
 
 
-def test_torch_compile_is_refused_with_what_to_do() -> None:
-    with pytest.raises(Exception, match="ahead of time"):
-        torch.compile(
-            build("llama"), backend="graphwright", options={"backend": "tensorrt", "target": "tensorrt:sm_89"}
-        )(input_ids=torch.tensor([[1, 2]]), use_cache=False)
+@pytest.mark.parametrize("options", [{"backend": "tensorrt"}, {"backend": "tensorrt", "target": "tensorrt:sm_89"}])
+def test_torch_compile_is_refused_with_what_to_do(options: dict[str, str]) -> None:
+    with pytest.raises(Exception, match=r"ahead of time.*torch_tensorrt.*Use graphwright compile --target"):
+        torch.compile(build("llama"), backend="graphwright", options=options)(
+            input_ids=torch.tensor([[1, 2]]), use_cache=False
+        )
