@@ -24,6 +24,7 @@ from graphwright.calibration import LENGTH, SAMPLES, from_text
 from graphwright.capture import DimNames, capture
 from graphwright.engine.generate import GenerationResult, Generator
 from graphwright.engine.tokenizer import Tokenizer
+from graphwright.errors import ArtifactError
 from graphwright.feeding import logits_of, token_inputs
 from graphwright.manager import Observer, PassManager, plan_passes
 from graphwright.pass_ import Context
@@ -154,15 +155,14 @@ def compile(
             captured = model
         else:
             source = open_model(model)
-            if source.tokenizer_directory:
-                shutil.copytree(source.tokenizer_directory, folder / TOKENIZER)
+            copy_tokenizer(source.tokenizer_directory, folder)
             inputs = example_inputs if example_inputs is not None else source.example_inputs
             captured = capture(source.model, inputs, dims=dims)
             metadata = captured.metadata.with_(name=source.name or captured.metadata.name)
             captured = captured.with_(metadata=metadata)
             # The caller may hold the model; the compiler must not, or its weights would outlive their rewriting.
             del source
-    options = _with_text(options, wanted, captured, folder / TOKENIZER)
+    options = with_calibration_text(options, wanted, captured, folder / TOKENIZER)
     comparison = _comparison(options, captured, folder) if machine.here else None
     with _timed(seconds, "rewrite"):
         before = captured.shape_only()
@@ -185,7 +185,7 @@ def compile(
         recipe=wanted,
         target=machine,
         backend=lowering.name,
-        coverage=replace(coverage(rewritten, lowering, machine), passed_over=passed_over).to_json(),
+        coverage=replace(coverage(rewritten, lowering, machine, kernels), passed_over=passed_over).to_json(),
         seconds=seconds,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
@@ -215,9 +215,19 @@ def _comparison(options: CompileOptions, program: Program, folder: Path) -> tupl
     return windows, accuracy.remember(lambda ids: logits_of(program, ids), windows, kept)
 
 
-def _with_text(options: CompileOptions, recipe: Recipe, program: Program, tokenizer: Path) -> CompileOptions:
+def copy_tokenizer(tokenizer: Path | str | None, folder: Path) -> None:
+    """The tokenizer's files, if there are any, where an artifact has them."""
+    if tokenizer:
+        shutil.copytree(tokenizer, folder / TOKENIZER)
+
+
+def with_calibration_text(
+    options: CompileOptions, recipe: Recipe, program: Program, tokenizer: Path | None
+) -> CompileOptions:
     """Options with windows of the calibration text, if a pass wants them and nothing else was given."""
-    if options.calibration or not tokenizer.is_dir() or not any(one.calibrates for one in recipe.passes):
+    if options.calibration or not any(one.calibrates for one in recipe.passes):
+        return options
+    if tokenizer is None or not tokenizer.is_dir():
         return options
     length = min(options.calibration_length, program.metadata.context_length or options.calibration_length)
     windows = from_text(tokenizer, options.calibration_text or None, options.calibration_samples, length)
@@ -237,6 +247,11 @@ def load(directory: Path | str, *, target: str | Target | None = None) -> "Compi
     """
     folder = Path(directory)
     manifest = artifact.read_manifest(folder)
+    if not manifest.backend:
+        raise ArtifactError(
+            f"{folder} is an export in the format {manifest.export.get('format', '?')}, which other runtimes load",
+            fix="Compile the model with graphwright compile, or export it with --format aoti",
+        )
     machine = target if isinstance(target, Target) else Target.parse(target or _target_here(manifest))
     artifact.verify(folder, machine)
     weights = load_weights(folder / "weights.safetensors")
