@@ -47,10 +47,10 @@ from graphwright.kernels.tir.float_linear import matrix as float_matrix
 from graphwright.kernels.tir.float_linear import vector as float_vector
 from graphwright.kernels.tir.gated_activation import gated_activation
 from graphwright.kernels.tir.isa import Isa
-from graphwright.kernels.tir.linear import Linear
+from graphwright.kernels.tir.linear import Linear, Schedule
 from graphwright.kernels.tir.normalize import Norm, normalize
 from graphwright.kernels.tir.quantize import CodeRow, quantize
-from graphwright.kernels.tir.quantized_linear import code_row
+from graphwright.kernels.tir.quantized_linear import DEFAULT, code_row
 from graphwright.kernels.tir.quantized_linear import matrix as integer_matrix
 from graphwright.kernels.tir.quantized_linear import vector as integer_vector
 from graphwright.kernels.tir.tiles import ROWS
@@ -73,6 +73,7 @@ class Translator:
         builder: of the module with Relax functions.
         kernels: of the module with kernels, which Relax calls by name.
         fixed: sizes of symbols that are constants in this function.
+        schedules: how the kernels of integer layers go about their work.
     """
 
     def __init__(
@@ -83,8 +84,10 @@ class Translator:
         builder: relax.BlockBuilder,
         kernels: relax.BlockBuilder,
         fixed: Mapping[str, int],
+        schedules: Callable[[Linear], Schedule] = lambda _layer: DEFAULT,
     ) -> None:
         self.program, self.fusion, self.isa, self.fixed = program, fusion, isa, fixed
+        self.schedules = schedules
         self.builder, self.kernels = builder, kernels
         self.sizes = Sizes()
         self.values: dict[fx.Node, Any] = {}
@@ -269,7 +272,9 @@ class Translator:
         if integer_product(node):
             layer = replace(layer, code_group=int(node.args[0].args[3]))
             first = self._codes(node.args[0], code_row(layer))
-            build = partial(integer_vector if one else integer_matrix, layer, self.isa)
+            build = partial(integer_vector, layer, self.isa)
+            if not one:
+                build = partial(integer_matrix, layer, self.isa, schedule=self.schedules(layer))
         else:
             first = self.dense(node.args[0])
             build = partial(float_vector if one else float_matrix, layer, self.isa.lanes)
