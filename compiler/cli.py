@@ -44,6 +44,9 @@ from graphwright.target import Target, known_targets
 
 M_MMAP_THRESHOLD = -3
 
+EVALUATED_WINDOWS = 4
+"""Windows of held-out text on which a compile measures accuracy; `graphwright eval` takes more."""
+
 app = typer.Typer(
     help="Make a large language model smaller and faster on your own hardware.",
     no_args_is_help=True,
@@ -73,7 +76,7 @@ def compile(
     backend: Annotated[str, typer.Option(help="Backend; the target's own by default")] = "",
     force: Annotated[bool, typer.Option("--force", help="Overwrite an artifact that is there")] = False,
     verify: Annotated[bool, typer.Option(help="Compare numbers after every pass")] = True,
-    measure: Annotated[bool, typer.Option(help="Measure the compiled program's speed for the report")] = True,
+    measure: Annotated[bool, typer.Option(help="Measure speed and accuracy for the report")] = True,
     dump: Annotated[Path | None, typer.Option(help="Write the graph's text after every pass here")] = None,
     seed: Annotated[int, typer.Option(help="Seeds everything random")] = 0,
     calibration: Annotated[Path | None, typer.Option(help="Text file to calibrate on; built-in text otherwise")] = None,
@@ -95,6 +98,7 @@ def compile(
             calibration_samples=calibration_samples,
             calibration_length=calibration_length,
             checkpoint=checkpoint,
+            evaluate=EVALUATED_WINDOWS if measure else 0,
             dump=dump,
             progress=progress,
             also=tuple(also or ()),
@@ -417,7 +421,7 @@ def _text_tokens(compiled: Compiled, text: Path | None) -> tuple[list[int], str]
             "The artifact has no tokenizer, so text cannot be scored", fix="Compile a model with one"
         )
     content = read_text(text) if text else accuracy.built_in_text(held_out=True)
-    return Tokenizer(folder).encode(content), str(text) if text else "documentation of CPython, held-out fifth"
+    return Tokenizer(folder).encode(content), str(text) if text else accuracy.HELD_OUT_TEXT
 
 
 def _reference(model: str) -> accuracy.Logits:

@@ -18,14 +18,14 @@ from typing import Any
 
 from torch import Tensor
 
-from graphwright import artifact, registry
+from graphwright import accuracy, artifact, registry
 from graphwright.backend import Executable, Progress, backends_for, choose, coverage, required_backend
 from graphwright.calibration import LENGTH, SAMPLES, from_text
 from graphwright.capture import DimNames, capture
 from graphwright.engine.generate import GenerationResult, Generator
 from graphwright.engine.tokenizer import Tokenizer
 from graphwright.errors import ArtifactError
-from graphwright.feeding import token_inputs
+from graphwright.feeding import logits_of, token_inputs
 from graphwright.manager import Observer, PassManager, plan_passes
 from graphwright.pass_ import Context
 from graphwright.program import Program, load_weights
@@ -36,7 +36,10 @@ from graphwright.rewrite import Fuel
 from graphwright.sources import open_model
 from graphwright.target import Target, local_gpu
 
-KERNELS, TOKENIZER = "kernels", "tokenizer"
+KERNELS, TOKENIZER, ORIGINAL = "kernels", "tokenizer", "original"
+
+EVALUATED = 128
+"""Tokens of a window on which accuracy is measured for the report."""
 
 
 def _silent(_text: str, _fraction: float) -> None:
@@ -62,6 +65,8 @@ class CompileOptions:
         observers: called after each pass.
         progress: called with what is being done and the finished fraction.
         fuel: the number of rewrites that may happen, None for all.
+        evaluate: windows of held-out text on which the compiled program is compared with the captured one for the
+            report, where it runs on this machine and the model has a tokenizer.
         also: more targets of the same backend to compile for, into one artifact.
     """
 
@@ -77,6 +82,7 @@ class CompileOptions:
     observers: tuple[Observer, ...] = ()
     progress: Progress = _silent
     fuel: int | None = None
+    evaluate: int = 0
     also: tuple[str, ...] = ()
 
 
@@ -157,6 +163,7 @@ def compile(
             # The caller may hold the model; the compiler must not, or its weights would outlive their rewriting.
             del source
     options = with_calibration_text(options, wanted, captured, folder / TOKENIZER)
+    comparison = _comparison(options, captured, folder) if machine.here else None
     with _timed(seconds, "rewrite"):
         before = captured.shape_only()
         # A program that the caller gave stays as it is; one captured here is used up, to free weights early.
@@ -183,7 +190,29 @@ def compile(
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
     also = tuple(other.name for other in others)
-    return Compiled(rewritten, executable, machine, lowering.name, wanted, folder, report, also, workspace)
+    compiled = Compiled(rewritten, executable, machine, lowering.name, wanted, folder, report, also, workspace)
+    if comparison is not None:
+        windows, original = comparison
+        measured = accuracy.measure(
+            compiled.logits, windows, reference=original, text=accuracy.HELD_OUT_TEXT, progress=options.progress
+        )
+        report.accuracy = measured.to_json()
+        shutil.rmtree(folder / ORIGINAL)
+    return compiled
+
+
+def _comparison(options: CompileOptions, program: Program, folder: Path) -> tuple[Tensor, accuracy.Logits] | None:
+    """Windows of held-out text and the captured program's logits on them; None where there is nothing to compare."""
+    tokenizer = folder / TOKENIZER
+    if not options.evaluate or not tokenizer.is_dir() or not program.metadata.causal:
+        return None
+    tokens = Tokenizer(tokenizer).encode(accuracy.built_in_text(held_out=True))
+    length = min(EVALUATED, program.metadata.context_length or EVALUATED)
+    windows = accuracy.token_windows(tokens, length, options.evaluate)
+    kept = folder / ORIGINAL
+    kept.mkdir()
+    options.progress("evaluate the original", 0.0)
+    return windows, accuracy.remember(lambda ids: logits_of(program, ids), windows, kept)
 
 
 def copy_tokenizer(tokenizer: Path | str | None, folder: Path) -> None:
