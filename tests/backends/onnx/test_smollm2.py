@@ -106,4 +106,4 @@ def test_the_head_and_the_token_table_are_one_tensor(exported: tuple[Program, Pa
     """The file holds what the program holds, and little more: graph, block scales."""
     program, folder = exported
     weights = sum(tensor.numel() * tensor.element_size() for tensor in program.weights().values())
-    assert (folder / DATA).stat().st_size < 1.1 * weights
+    assert (folder / DATA).stat().st_size < 1.15 * weights
