@@ -37,8 +37,8 @@ CARRIED = {"ort": ("int8", "int4"), "standard": ("int8", "int4"), "tensorrt": ("
 REPLACED = {"kv_cache", "selected_logits"}
 """Properties whose passes give way to explicit caches and the logits of every token."""
 
-LEFT_OUT = REPLACED | {"experts"}
-"""Properties whose passes are not run: experts are written as products of sorted rows."""
+LEFT_OUT = REPLACED | {"experts", "compressed_sparse"}
+"""Properties whose passes are not run: experts are written as products of sorted rows, and zeros are stored."""
 
 VERIFY_TOKENS = 33
 
