@@ -150,7 +150,9 @@ def test_illegal_orders_and_bad_input_are_refused():
     _, pruned = run(["magnitude"])
     with pytest.raises(PassError, match="svd would undo magnitude.*sparse already"):
         run(["svd"], program=pruned)
-    _, both = run(["magnitude", "svd"])
+    with pytest.raises(RecipeError, match="lists magnitude before svd, which must come first"):
+        run(["magnitude", "svd"])
+    _, both = run(["svd", "magnitude"])
     assert [r.name for r in both.history][-2:] == ["svd", "magnitude"]
     with pytest.raises(RecipeError, match="ratio is 1"):
         Recipe.load({"passes": [{"svd": {"ratio": 1}}]})

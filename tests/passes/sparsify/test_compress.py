@@ -42,7 +42,7 @@ def test_pruned_layers_get_smaller_and_stay_what_they_were(name, pattern, tmp_pa
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_eight_bit_halves(symmetric):
     options = {"bits": 8, "group_size": 32, "symmetric": symmetric}
-    _, after = run(["compress_sparse", {"rtn": options}, {"magnitude": {"pattern": "2:4"}}])
+    _, after = run(["compress_sparse", {"magnitude": {"pattern": "2:4"}}, {"rtn": options}])
     record = after.history[-1]
     assert record.name == "compress_sparse"
     assert record.error < 1e-5
