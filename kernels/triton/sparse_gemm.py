@@ -41,6 +41,7 @@ def sparse_gemm(
     inner = tl.arange(0, BLOCK_K)
     x_at = x_ptr + row.to(tl.int64)[:, None] * x_row
     here = output.to(tl.int64)[None, :] * groups
+    places_at = places_ptr + output.to(tl.int64)[None, :] * place_row
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, groups, BLOCK_K):
         group = first + inner
@@ -48,10 +49,8 @@ def sparse_gemm(
         if not EVEN:
             mask = mask & (group[:, None] < groups)
             x_mask = x_mask & (group[None, :] < groups)
-        places = tl.load(
-            places_ptr + output.to(tl.int64)[None, :] * place_row + group[:, None] // 2, mask=mask, other=0
-        )
-        places = places.to(tl.int32) >> (4 * (group[:, None] % 2))
+        pair = tl.load(places_at + group[:, None] // 2, mask=mask, other=0).to(tl.int32)
+        places = pair >> (4 * (group[:, None] % 2))
         one = tl.load(values_ptr + 2 * here + group[:, None], mask=mask, other=0.0)
         two = tl.load(values_ptr + 2 * here + groups + group[:, None], mask=mask, other=0.0)
         for place in tl.static_range(4):
