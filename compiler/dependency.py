@@ -101,6 +101,21 @@ def head_groups(program: Program) -> tuple[list[Group], list[str]]:
     return found, misses
 
 
+def tied(program: Program, group: Group) -> str:
+    """The name of a weight that something outside the group reads too, so that no part of it may go; else empty.
+
+    What attention reads of each head is the model's own and may differ between layers.
+    """
+    members = {(m.operand.node, m.operand.position) for m in group.members}
+    names = {str(node.args[position].target) for node, position in members if node.target is not attention.target}
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and str(node.target) in names:
+            for user in node.users:
+                if not any((user, place) in members for place, arg in enumerate(user.args) if arg is node):
+                    return str(node.target)
+    return ""
+
+
 def cut(editor: Editor, group: Group, keep: Tensor) -> None:
     """Removes the units that `keep`, bool [units], leaves out. Call `settle` when all cuts are made."""
     program = editor.program

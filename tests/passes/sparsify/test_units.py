@@ -5,12 +5,14 @@ import torch
 from families.configs import FAMILIES
 from passes.quantize.quantizing import batches, run
 
+from graphwright.capture import capture
 from graphwright.dependency import channel_groups, cut, head_groups, settle, split_merged
 from graphwright.errors import PassError
 from graphwright.numerics import outputs_error
 from graphwright.ops import attention
 from graphwright.program import Program
 from graphwright.rewrite import Editor
+from graphwright.structure import linears
 
 CAUSAL = [name for name, family in FAMILIES.items() if family.causal]
 
@@ -109,6 +111,39 @@ def test_heads_go_with_their_group():
     for node in after.calls(attention.target):
         assert node.args[0].meta["val"].shape[1] == 2
         assert node.args[1].meta["val"].shape[1] == 1
+
+
+def test_all_query_heads_of_one_key_go_one_by_one():
+    _, after = run([{"prune_heads": {"ratio": 0.25}}, "static_cache"], "falcon")
+    for node in after.calls(attention.target):
+        assert [node.args[place].meta["val"].shape[1] for place in range(3)] == [3, 1, 1]
+
+
+class Twice(torch.nn.Module):
+    """Two MLPs that share the weight that reads their channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.down = (torch.nn.Linear(16, 16, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.down(torch.relu(self.one(x)))
+        return x + self.down(torch.relu(self.two(x)))
+
+
+def test_tied_weights_stay_tied():
+    program = capture(Twice(), {"x": torch.randn(2, 16)})
+    pruning = {"prune_channels": {"ratio": 0.5, "score": "magnitude"}}
+    with pytest.raises(PassError, match="No channels can be cut: down.weight: the weight down.weight is tied"):
+        run([pruning], program=program, calibration=[])
+
+
+def test_a_layer_is_never_cut_away():
+    _, after = run([{"prune_heads": {"ratio": 0.99}}, {"prune_channels": {"ratio": 0.99, "multiple": 1}}])
+    assert all(node.args[1].meta["val"].shape[1] == 1 for node in after.calls(attention.target))
+    assert sum(1 in after.weight(w).shape for _, w in linears(after)) == 6
+    with pytest.raises(PassError, match="None of 1 can go; prune single weights instead"):
+        run(["prune_heads"], program=after)
 
 
 def test_bad_input_is_refused():
