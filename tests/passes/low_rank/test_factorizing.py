@@ -191,6 +191,20 @@ def test_compensated_layers_run_with_caches_and_err_less(name):
     assert len(linears(after)) == 2 * inner
 
 
+def test_factors_of_a_compensation_may_be_rounded(tmp_path):
+    options = {"bits": 2, "group_size": 32, "rank": 8}
+    weight = layer(40, 96)[0]
+    plain, narrow = LoftQ(**options), LoftQ(**options, factor_bits=8)
+    done = narrow.solve(weight, narrow.scheme(), None)
+    assert narrow.error(weight, done, None) == pytest.approx(plain.error(weight, done, None), rel=0.02)
+    _, wide = run(["merge_linear", {"loftq": options}])
+    _, after = run(["merge_linear", {"loftq": {**options, "factor_bits": 8}}, "static_cache"])
+    assert not linears(after)
+    assert sum(t.nbytes for t in after.weights().values()) < 0.8 * sum(t.nbytes for t in wide.weights().values())
+    after.save(tmp_path)
+    assert Program.load(tmp_path).text(shapes=False) == after.text(shapes=False)
+
+
 def test_a_rank_that_is_no_rank_is_refused():
     with pytest.raises(PassError, match="nearest rank that is legal is 63"):
         run([{"loftq": {"rank": 64}}])
