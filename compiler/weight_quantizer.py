@@ -103,6 +103,14 @@ class WeightQuantizer(Pass):
         """A calibrated method always does."""
         return self.calibrated
 
+    @property
+    def weight_formats(self) -> tuple[str, ...]:
+        """Those of its schemes, of the head and of the embedding."""
+        schemes = [options.apply(self.scheme()) for options in (LayerOptions(), *self.layers.values())]
+        found = [scheme.format for scheme in schemes if scheme is not None]
+        found += [integer_format(bits) for bits in (self.head_bits, self.embedding_bits) if bits]
+        return tuple(dict.fromkeys(found))
+
     def choose(self, program: Program, context: Context, layers: list[Layer]) -> tuple[list[Layer], dict[str, Any]]:
         """The layers with the schemes that they shall have in the end, and notes on the choice for the report."""
         return layers, {}
@@ -256,6 +264,12 @@ class IntegerQuantizer(WeightQuantizer):
     def calibrates(self) -> bool:
         """A calibrated method does, and any that mixes widths."""
         return self.calibrated or self.mixed_bits is not None
+
+    @property
+    def weight_formats(self) -> tuple[str, ...]:
+        """Those of all widths that may be mixed too."""
+        mixed = () if self.mixed_bits is None else map(integer_format, self.mixed_widths)
+        return tuple(dict.fromkeys((*super().weight_formats, *mixed)))
 
     def choose(self, program: Program, context: Context, layers: list[Layer]) -> tuple[list[Layer], dict[str, Any]]:
         """With a budget of mean bits, gives each layer but the head the width that it needs most.

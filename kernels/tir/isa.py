@@ -6,7 +6,7 @@ weights that are stored without their zeros need.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm import tirx
@@ -30,6 +30,7 @@ class Isa:
         lanes: int32 lanes of one instruction.
         dot: the instruction.
         signed: it takes both operands signed, so unsigned weights of 8 bits are read minus 128.
+        tiles: there are tile registers besides, for products of many rows.
         pick_bytes: of uint8x4L by uint8x4L below 16, or None where nothing does so at once.
         pick_floats: of float32xL by the lowest two bits of int32xL, or None.
     """
@@ -39,6 +40,7 @@ class Isa:
     lanes: int
     dot: Dot
     signed: bool = False
+    tiles: bool = False
     pick_bytes: Pick | None = None
     pick_floats: Pick | None = None
 
@@ -99,14 +101,13 @@ _HALF = {
 }
 _NEON = {"pick_bytes": _picking("llvm.aarch64.neon.tbl1.v16i8", "uint8x16")}
 
+VNNI = Isa(
+    "avx512_vnni", frozenset({"avx512_vnni", "avx512bw"}), 16, _intrinsic("llvm.x86.avx512.vpdpbusd.512"), **_WIDE
+)
+
 ISAS = (
-    Isa(
-        "avx512_vnni",
-        frozenset({"avx512_vnni", "avx512bw"}),
-        16,
-        _intrinsic("llvm.x86.avx512.vpdpbusd.512"),
-        **_WIDE,
-    ),
+    replace(VNNI, name="amx_int8", needs=VNNI.needs | {"amx_int8"}, tiles=True),
+    VNNI,
     Isa("avx_vnni", frozenset({"avx_vnni", "avx2"}), 8, _intrinsic("llvm.x86.avx512.vpdpbusd.256"), **_HALF),
     Isa("avx512bw", frozenset({"avx512bw"}), 16, _by_words("llvm.x86.avx512.pmaddw.d.512"), **_WIDE),
     Isa("avx2", frozenset({"avx2"}), 8, _by_words("llvm.x86.avx2.pmadd.wd"), **_HALF),

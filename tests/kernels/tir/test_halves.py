@@ -91,6 +91,12 @@ def test_kernels_equal_the_reference(case):
         assert check(rows, case, HERE[0]) < 2e-6
 
 
+def test_blocks_of_many_rows_equal_the_reference():
+    torch.manual_seed(0)
+    for case in (CODES[0], CODES[3], CODES[4]):
+        assert check(40, case, HERE[0]) < 2e-6
+
+
 @pytest.mark.parametrize("isa", HERE[1:], ids=lambda isa: isa.name)
 def test_other_instruction_sets_equal_the_reference(isa):
     torch.manual_seed(0)
