@@ -22,6 +22,7 @@ from graphwright.backends.tvm.layout import (
     tiled_float_embedding,
     tiled_float_linear,
     tiled_linear,
+    tiled_sparse_linear,
 )
 from graphwright.backends.tvm.leftovers import Leftovers
 from graphwright.backends.tvm.values import (
@@ -277,7 +278,9 @@ class Translator:
                 build = partial(integer_matrix, layer, self.isa, schedule=self.schedules(layer))
         else:
             first = self.dense(node.args[0])
-            build = partial(float_vector if one else float_matrix, layer, self.isa.lanes)
+            build = partial(float_matrix, layer, self.isa.lanes)
+            if one:
+                build = partial(float_vector, layer, self.isa.lanes, pick=self.isa.pick_floats)
         inputs = [first, *stored]
         if bias is not None:
             inputs.append(self.view(bias, "float32").variable)
@@ -293,10 +296,11 @@ class Translator:
             _, weight, bias, outputs = node.args
             layer, stored = Linear(int(outputs), width, "float32", width), [weight]
         else:
-            _, weight, scale, zero, bias, format, group_size, outputs = node.args
-            scale_dtype = dtype_of(scale.meta["val"])
-            layer = Linear(int(outputs), width, str(format), int(group_size), zero is not None, scale_dtype)
-            stored = [part for part in (weight, scale, zero) if part is not None]
+            _, weight, scale, zero, bias, format, group_size, outputs, *places = node.args
+            scale_dtype = "" if scale is None else dtype_of(scale.meta["val"])
+            shape = (int(outputs), width, str(format) or "float32", int(group_size) or width)
+            layer = Linear(*shape, zero is not None, scale_dtype, halved=bool(places))
+            stored = [part for part in (weight, *places, scale, zero) if part is not None]
         gated = finish is not None and finish.target is ops.gated_activation.target
         layer = replace(
             layer,
@@ -611,6 +615,7 @@ def _expert_weights(
 KERNELS: Mapping[Any, Callable[[Translator, fx.Node], Any]] = {
     tiled_linear.target: _linear,
     tiled_float_linear.target: _linear,
+    tiled_sparse_linear.target: _linear,
     tiled_embedding.target: _embedding,
     tiled_float_embedding.target: _float_embedding,
     tiled_experts.target: _experts,
