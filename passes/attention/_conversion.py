@@ -25,6 +25,7 @@ from graphwright.heads import Heads, Projection, attention_heads, rebuild
 from graphwright.layer_pass import refuse_after
 from graphwright.match import argument
 from graphwright.ops import attention
+from graphwright.ops.attention import OPTIONS
 from graphwright.pass_ import Context, Pass, PassResult
 from graphwright.passes.attention._merging import HeadWeights, spread
 from graphwright.program import Program
@@ -39,6 +40,32 @@ class WithOne(Hessian):
     def add(self, rows: Tensor) -> None:
         """Adds a batch."""
         super().add(torch.cat([rows, rows.new_ones(len(rows), 1)], 1))
+
+
+class Fit:
+    """Moments of what an output projection reads, and of what it still misses.
+
+    Rows are [y, t, t - Wo y]: the new heads, what the old attention gave, and the difference, each [tokens, .].
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width, self.count = width, 0
+        self.read, self.missed = torch.zeros(0), torch.zeros(0)
+        self.wanted_square, self.missed_square = 0.0, 0.0
+
+    def add(self, rows: Tensor) -> None:
+        """Adds a batch."""
+        read, rest = rows[:, : self.width], rows[:, self.width :]
+        wanted, missed = rest.chunk(2, 1)
+        if not self.count:
+            self.read = read.new_zeros(self.width, self.width)
+            self.missed = read.new_zeros(missed.shape[1], self.width)
+        self.read.addmm_(read.t(), read)
+        # Not from the moments of `wanted`: their rounding would be taken for something to fit.
+        self.missed.addmm_(missed.t(), read)
+        self.wanted_square += float(wanted.double().square().sum())
+        self.missed_square += float(missed.double().square().sum())
+        self.count += len(rows)
 
 
 class GqaConversion(Pass):
@@ -112,17 +139,22 @@ class GqaConversion(Pass):
             return errors
         stops = [stop for site in sites for stop in site.stops()]
 
-        def visit(index: int, collected: Hessian) -> dict[fx.Node, Tensor]:
-            site, second = sites[index // 2], index % 2
-            if second:
+        def visit(index: int, collected: WithOne | Fit) -> dict[fx.Node, Tensor]:
+            site = sites[index // 2]
+            if isinstance(collected, Fit):
                 errors[site.heads.name] = site.settle(collected, self.damping)
             else:
                 site.fill(self._merged(site, _damped(collected, self.damping)))
             return {}
 
         batches = calibration.samples(program, context)
-        collectors = iter([WithOne, Hessian] * len(sites))
-        calibration.walk(program, batches, stops, lambda: next(collectors)(), visit, context.progress)
+        widths = iter([width for site in sites for width in (0, site.heads.columns.numel())])
+
+        def collector() -> WithOne | Fit:
+            width = next(widths)
+            return Fit(width) if width else WithOne()
+
+        calibration.walk(program, batches, stops, collector, visit, context.progress)
         return errors
 
     def _merged(self, site: "_Site", gram: Tensor | None) -> tuple[Tensor, HeadWeights]:
@@ -159,9 +191,7 @@ class _Site:
         self.old = self.weights()
         self.old_out = self.program.weight(heads.reader.args[1]).double()
         self.new = self._build()
-        self.target = self._target()
-        self.beside = editor.call(aten.cat.default, [heads.reader.args[0], self.target], -1, before=heads.reader)
-        self.error = 0.0
+        self.beside = self._beside()
 
     @property
     def biased(self) -> bool:
@@ -197,7 +227,7 @@ class _Site:
             made.append(rebuild(editor, side, name, count, before=node))
         constants = [self._own(name) for name in ("alibi_slopes", "sinks")]
         rest = (argument(node, "query_positions"), argument(node, "key_positions"), argument(node, "bias"), *constants)
-        options = {name: argument(node, name) for name in attention_options(node)}
+        options = {name: argument(node, name) for name in OPTIONS}
         new = editor.call(attention, *(side for _, side in made), *rest, before=node, **options)
         return _New(*(linear for linear, _ in made), new)
 
@@ -208,8 +238,8 @@ class _Site:
             return None
         return self.editor.weight(str(constant.target), self.program.weight(constant).clone(), before=self.heads.node)
 
-    def _target(self) -> fx.Node:
-        """What the old attention gives behind its output projection, without bias; the path goes to the new one."""
+    def _beside(self) -> fx.Node:
+        """The rows of `Fit`, with biases left out; from here on the reader reads the new attention."""
         reader, old = self.heads.reader, self.heads.node
         path = [reader.args[0]]
         while path[-1] is not old:
@@ -224,7 +254,9 @@ class _Site:
         behind = path[-2] if len(path) > 1 else reader
         behind.replace_input_with(old, self.new.node)
         self.editor.note(old, f"{self.heads.kv_heads} to {self.groups} key-value heads")
-        return target
+        found = self.editor.call(aten.linear.default, reader.args[0], own, before=reader)
+        missed = self.editor.call(aten.sub.Tensor, target, found, before=reader)
+        return self.editor.call(aten.cat.default, [reader.args[0], target, missed], -1, before=reader)
 
     def stops(self) -> list[Stop]:
         """What is observed: the projections' input, and the new heads beside what the old ones gave."""
@@ -259,22 +291,14 @@ class _Site:
         rows = self.program.weight(linear.args[1]).double().unflatten(0, (self.groups, -1))
         return rows.repeat_interleave(self.heads.kv_heads // self.groups, 0)
 
-    def settle(self, collected: Hessian, damping: float) -> float:
+    def settle(self, fit: Fit, damping: float) -> float:
         """Fits the output projection to what the old attention gives, if asked to; returns the error that is left."""
-        width = self.heads.columns.numel()
-        moments = collected.matrix.double()
-        made, wanted, cross = moments[:width, :width], moments[width:, width:], moments[width:, :width]
-        weight = self.program.weight(self.heads.reader.args[1])
-        out = weight.double()
+        missed = fit.missed_square
         if self.refits:
-            ridge = made + damping * made.diagonal().mean() * torch.eye(width, dtype=made.dtype)
-            out = out + torch.linalg.solve(ridge, (cross - out @ made).t()).t()
-            weight.copy_(out)
-        rest = wanted.trace() - 2 * (out * cross).sum() + ((out @ made) * out).sum()
-        return float((rest.clamp(min=0) / wanted.trace().clamp(min=1e-30)).sqrt())
-
-
-def attention_options(node: fx.Node) -> tuple[str, ...]:
-    """Names of the options of an attention, without tensors."""
-    names = [argument_.name for argument_ in node.target._schema.arguments]
-    return tuple(names[names.index("scale") :])
+            read, cross = fit.read.double(), fit.missed.double()
+            ridge = read + damping * read.diagonal().mean() * torch.eye(fit.width, dtype=read.dtype)
+            change = torch.linalg.solve(ridge, cross.t()).t()
+            weight = self.program.weight(self.heads.reader.args[1])
+            weight.copy_(weight.double() + change)
+            missed += float(((change @ read) * change).sum() - 2 * (change * cross).sum())
+        return float((max(missed, 0.0) / max(fit.wanted_square, 1e-30)) ** 0.5)
