@@ -19,6 +19,7 @@ from graphwright.evaluate import shape_at
 from graphwright.folding import PROBE, REARRANGING, SIZES, Rows
 from graphwright.match import argument
 from graphwright.ops import attention, rms_norm, rope
+from graphwright.ops.attention import OPTIONS
 from graphwright.program import Program
 from graphwright.rewrite import Editor
 
@@ -195,6 +196,12 @@ def _is_linear(node: fx.Node) -> bool:
     if node.target is not aten.linear.default:
         return False
     return all(isinstance(a, fx.Node) and a.op == "get_attr" for a in node.args[1:] if a is not None)
+
+
+def options_of(node: fx.Node) -> dict[str, Any]:
+    """The options of an attention that are set, without tensors."""
+    given = {name: argument(node, name) for name in OPTIONS}
+    return {name: value for name, value in given.items() if value or name in ("scale", "causal")}
 
 
 def rebuild(editor: Editor, side: Projection, name: str, heads: int, before: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -21,11 +21,10 @@ from torch import Tensor, fx
 from graphwright import calibration
 from graphwright.calibration import Hessian, Stop
 from graphwright.errors import PassError
-from graphwright.heads import Heads, Projection, attention_heads, rebuild
+from graphwright.heads import Heads, Projection, attention_heads, options_of, rebuild
 from graphwright.layer_pass import refuse_after
 from graphwright.match import argument
 from graphwright.ops import attention
-from graphwright.ops.attention import OPTIONS
 from graphwright.pass_ import Context, Pass, PassResult
 from graphwright.passes.attention._merging import HeadWeights, spread
 from graphwright.program import Program
@@ -227,8 +226,7 @@ class _Site:
             made.append(rebuild(editor, side, name, count, before=node))
         constants = [self._own(name) for name in ("alibi_slopes", "sinks")]
         rest = (argument(node, "query_positions"), argument(node, "key_positions"), argument(node, "bias"), *constants)
-        options = {name: argument(node, name) for name in OPTIONS}
-        new = editor.call(attention, *(side for _, side in made), *rest, before=node, **options)
+        new = editor.call(attention, *(side for _, side in made), *rest, before=node, **options_of(node))
         return _New(*(linear for linear, _ in made), new)
 
     def _own(self, name: str) -> fx.Node | None:

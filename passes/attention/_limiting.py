@@ -17,10 +17,10 @@ from torch import Tensor, fx
 from graphwright import calibration
 from graphwright.calibration import Stop
 from graphwright.errors import PassError
+from graphwright.heads import options_of
 from graphwright.layer_pass import refuse_after
 from graphwright.match import argument
 from graphwright.ops import attention
-from graphwright.ops.attention import OPTIONS
 from graphwright.pass_ import Context, Pass, PassResult
 from graphwright.program import Program
 from graphwright.rewrite import Editor
@@ -119,7 +119,7 @@ class LimitedAttention(Pass):
         """Puts a limited attention in the place of another; returns both results, side by side."""
         query, key, scale = self.operands(editor, node)
         tensors = (argument(node, n) for n in ("query_positions", "key_positions", "bias", "alibi_slopes", "sinks"))
-        options = {name: argument(node, name) for name in OPTIONS} | {"scale": scale, **self.limits}
+        options = options_of(node) | {"scale": scale, **self.limits}
         new = editor.call(attention, query, key, node.args[2], *tensors, before=node, **options)
         editor.replace(node, new, ", ".join(f"{name} {value}" for name, value in self.limits.items()))
         behind: Any = node.next
