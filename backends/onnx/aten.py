@@ -123,7 +123,11 @@ def _cumsum(t: Translator, self: ir.Value, dim: int, dtype: Any = None) -> ir.Va
 
 
 def _extreme(op_type: str) -> Translation:
-    return lambda t, self, dim, keepdim=False: t.builder(op_type, self, t.builder.ints(dim), keepdims=int(keepdim))
+    def translate(t: Translator, self: ir.Value, dim: Sequence[int] = (), keepdim: bool = False) -> ir.Value:
+        axes = [t.builder.ints(dim)] if dim else []
+        return t.builder(op_type, self, *axes, keepdims=int(keepdim))
+
+    return translate
 
 
 def _layer_norm(

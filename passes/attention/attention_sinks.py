@@ -70,8 +70,8 @@ class AttentionSinks(LimitedAttention):
                     fix="Leave the option shift out",
                 )
         at = argument(query, "positions")
-        # clamp_max: what looks for positions looks through it.
-        near = editor.call(aten.clamp_max.default, at, self.sinks + self.window - 1, before=node)
+        # What looks for positions looks through a limit from above.
+        near = editor.call(aten.clamp.default, at, None, self.sinks + self.window - 1, before=node)
         rest = (argument(query, name) for name in ("inv_freq", "scaling", "interleaved"))
         shifted = editor.call(rope, query.args[0], near, *rest, before=node)
         both = editor.call(aten.cat.default, [query, shifted], -1, before=node)
