@@ -316,6 +316,7 @@ ATEN: dict[Callable[..., Any], Translation] = {
     aten.sub.Tensor: _binary("Sub"),
     aten.mul.Tensor: _binary("Mul"),
     aten.div.Tensor: _binary("Div"),
+    aten.pow.Tensor_Tensor: _binary("Pow"),
     aten.floor_divide.default: _floor_divide,
     aten.remainder.Scalar: _remainder,
     aten.pow.Tensor_Scalar: _pow,

@@ -69,17 +69,19 @@ class AttentionSinks(LimitedAttention):
                     where=describe(one),
                     fix="Leave the option shift out",
                 )
-        at = argument(query, "positions")
+        # One row of positions for each text, as those behind a cache are.
+        batch = editor.call(aten.sym_size.int, query.args[0], 0, before=node)
+        at = editor.call(aten.expand.default, argument(query, "positions"), [batch, -1], before=node)
         # What looks for positions looks through a limit from above.
         near = editor.call(aten.clamp.default, at, None, self.sinks + self.window - 1, before=node)
         rest = (argument(query, name) for name in ("inv_freq", "scaling", "interleaved"))
         shifted = editor.call(rope, query.args[0], near, *rest, before=node)
         both = editor.call(aten.cat.default, [query, shifted], -1, before=node)
-        first = editor.call(aten.lt.Scalar, argument(key, "positions"), self.sinks, before=node)
-        first = editor.call(aten.unsqueeze.default, first, 1, before=node)
-        first = editor.call(aten.unsqueeze.default, first, 3, before=node)
+        behind = editor.call(aten.ge.Scalar, at, self.sinks, before=node)
+        behind = editor.call(aten.unsqueeze.default, behind, 1, before=node)
+        behind = editor.call(aten.unsqueeze.default, behind, 3, before=node)
         parts = []
-        for chosen in (editor.call(aten.logical_not.default, first, before=node), first):
+        for chosen in (behind, editor.call(aten.logical_not.default, behind, before=node)):
             factor = editor.call(aten.to.dtype, chosen, key.meta["val"].dtype, before=node)
             parts.append(editor.call(aten.mul.Tensor, key, factor, before=node))
         return both, editor.call(aten.cat.default, parts, -1, before=node), scale
