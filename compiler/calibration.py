@@ -161,21 +161,23 @@ class _Run:
             for batch, values in enumerate(self.live):
                 for node in segment:
                     if node.op == "call_function":
-                        self._execute(node, batch, values)
+                        self._execute(node, batch, values, goal)
                 if collector is not None:
                     collector.add(self._rows(self._value(goal, batch, values), batch, stop))
+                if not goal.users:
+                    values.pop(goal, None)
         self.done += len(segment)
         for node in segment:
             self.weights.pop(node, None)
 
-    def _execute(self, node: fx.Node, batch: int, values: dict[fx.Node, Any]) -> None:
+    def _execute(self, node: fx.Node, batch: int, values: dict[fx.Node, Any], goal: fx.Node) -> None:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self._value(n, batch, values))
         if node in self.weights:
             values[node] = functional.linear(args[0], self.weights[node].to(args[0].dtype), *args[2:])
         else:
             values[node] = node.target(*args, **kwargs)
         for source in (*node.all_input_nodes, node):
-            if self.last_use.get(source, node) is node:
+            if self.last_use.get(source, node) is node and source is not goal:
                 values.pop(source, None)
 
     def _value(self, node: fx.Node, batch: int, values: dict[fx.Node, Any]) -> Any:

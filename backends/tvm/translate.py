@@ -514,7 +514,7 @@ def _update(t: Translator, node: fx.Node) -> None:
     t.update(build, [source.variable, slots.variable, *table, cache.variable])
 
 
-ATTENTION_OPTIONS = ("scale", "causal", "window", "chunk", "prefix", "softcap")
+ATTENTION_OPTIONS = ("scale", "causal", "window", "chunk", "prefix", "softcap", "anchors", "block")
 
 
 def _attention(t: Translator, node: fx.Node) -> View:

@@ -38,7 +38,7 @@ def test_slow_formats_say_so_in_the_report():
     assert "nf4 weights are dequantized" in found.reasons["quantized_linear"]
 
 
-PRUNED = ("sparse-wanda", "sparse24-gptq", "svd-llm")
+PRUNED = ("draft-pruned", "draft-skip", "sparse-wanda", "sparse24-gptq", "svd-llm")
 
 
 @pytest.mark.parametrize("recipe", [name for name in presets() if name not in (*NEW, *PRUNED)])
