@@ -5,6 +5,8 @@ the values, N output features, K input features, G groups along K.
 """
 
 from graphwright.ops.attention import attention
+from graphwright.ops.expert_capacity import expert_capacity
+from graphwright.ops.expert_choice import expert_choice
 from graphwright.ops.experts import experts
 from graphwright.ops.gated_activation import gated_activation
 from graphwright.ops.grouped_linear import grouped_linear
@@ -21,6 +23,8 @@ from graphwright.ops.sparse_linear import sparse_linear
 
 __all__ = [
     "attention",
+    "expert_capacity",
+    "expert_choice",
     "experts",
     "gated_activation",
     "grouped_linear",
