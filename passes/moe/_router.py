@@ -147,7 +147,8 @@ def _probes(logits: fx.Node, ends: Sequence[fx.Node], observe: Observe, generato
         raise UnknownError(f"the number {int(max(whole))} in it may be a capacity, which is too large to be tried")
     probes = []
     # Groups that only seldom change the choice show on many tokens alone.
-    for sizes, noise in ((Sizes(value.shape, 31, 3), 2.0), (Sizes(value.shape, crowd, 2), 0.01)):
+    for least, few, noise in ((31, 3, 2.0), (crowd, 1, 0.01), (crowd, 2, 0.01)):
+        sizes = Sizes(value.shape, least, few)
         given = torch.randn(sizes.shape, generator=generator) * noise
         if noise < 1:
             given += torch.randn(sizes.shape[-1], generator=generator) * 2

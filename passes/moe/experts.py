@@ -24,7 +24,7 @@ from torch import fx
 from graphwright.ops import expert_capacity, expert_choice, experts, moe_routing
 from graphwright.pass_ import Context, Paper, Pass, PassResult
 from graphwright.passes.moe import _mlp, _products, _router, _whole
-from graphwright.passes.moe._evaluate import UnknownError
+from graphwright.passes.moe._evaluate import UnknownError, between
 from graphwright.passes.moe._mlp import Mlp, stored_tensors
 from graphwright.passes.moe._products import Layer, Product
 from graphwright.passes.moe._router import Routing
@@ -56,6 +56,7 @@ class Experts(Pass):
                     _sorted(editor, context, layer, misses)
             for logits in program.calls(aten.linear.default):
                 _stacked(editor, context, logits, misses)
+            misses.extend(_loops(program))
         notes = {"left": misses} if misses else {}
         return PassResult(program, editor.sites, near_misses=misses, notes=notes)
 
@@ -100,6 +101,20 @@ def _stacked(editor: Editor, context: Context, logits: fx.Node, misses: list[str
             _install_whole(editor, box, mlp, routing)
         return
     misses.extend(reasons[:1])
+
+
+def _loops(program: Program) -> list[str]:
+    """Loops over experts that capture did not recognise: linear layers on rows that a condition chose."""
+    found = []
+    for node in program.calls(aten.linear.default):
+        rows = node.args[0]
+        if isinstance(rows, fx.Node) and rows.target is aten.index.Tensor:
+            behind = {n.target for index in rows.args[1] if index is not None for n in between(index, set())}  # type: ignore[union-attr, arg-type]
+            if not behind.isdisjoint({aten.nonzero.default, aten.nonzero_numpy.default, aten.where.default}):
+                found.append(str(node.args[1]))
+    if not found:
+        return []
+    return [f"{len(found)} linear layers, {found[0]} first, on rows that a condition chose: a loop that stays as it is"]
 
 
 def _is_raised(node: fx.Node) -> bool:
