@@ -28,7 +28,7 @@ from graphwright.ops.gated_activation import ACTIVATIONS
 from graphwright.ops.moe_routing import SCORING
 
 EQUAL_TOKENS = 521
-"""Equal tokens that a loop must not drop any of, unless its experts have a capacity. A prime, so shares are not whole."""
+"""Equal tokens that a loop must not drop any of, unless its experts have a capacity. A prime: no whole shares."""
 
 LARGEST_CROWD = 1 << 13
 """A capacity that would take more equal tokens to be seen is not looked for."""

@@ -12,6 +12,7 @@ experts, so that an expert with many tokens keeps no thread waiting.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from tvm import tirx
@@ -25,6 +26,7 @@ from graphwright.kernels.tir.emit import (
     local,
     loop,
     parallel,
+    product,
     spread,
     widest,
 )
@@ -178,24 +180,41 @@ def _keep_best_groups(routing: Routing, ranked: Flat) -> None:
         ranked.put(e, tirx.const(EXCLUDED, "float32"), 1)
 
 
-def limit_choices(groups: Index, tokens: Index, top_k: int, num_experts: int, limit: Any) -> tirx.PrimFunc:
-    """Weights and indices [groups, tokens, top_k] with choices beyond `limit` of a group's expert dropped, and how many.
+@dataclass(frozen=True)
+class Limit:
+    """A capacity of experts: a number, or where that is 0 a multiple of equal shares."""
+
+    num_experts: int
+    capacity: int
+    factor: Fraction
+    round_up: bool
+
+    def of(self, choices: Any) -> Any:
+        """What an expert takes of so many choices."""
+        if self.capacity:
+            return let(tirx.const(self.capacity, "int64"))
+        counted, shares = choices * self.factor.numerator, self.factor.denominator * self.num_experts
+        return let(tirx.Cast("int64", tirx.floordiv(counted + (shares - 1 if self.round_up else 0), shares)))
+
+
+def limit_choices(shape: Sequence[Index], limit: Limit) -> tirx.PrimFunc:
+    """Weights and indices [*groups, tokens, J] without choices beyond the limit of a group's expert; what each lost.
 
     First choices of a group come before second ones, and earlier tokens before later ones.
     """
+    *outer, tokens, top_k = shape
+    groups, count = product(outer), limit.num_experts
     one, zero = tirx.const(1, "int64"), tirx.const(0, "int64")
-    shape = (groups, tokens, top_k)
     with kernel("expert_capacity") as k:
         weights, indices = k.read("weights", shape, "float32"), k.read("indices", shape, "int64")
         kept, chosen = k.write("kept", shape, "float32"), k.write("chosen", shape, "int64")
-        dropped = k.write("dropped", (num_experts,), "int64")
+        dropped = k.write("dropped", (count,), "int64")
         k.begin()
-        most = let(tirx.Cast("int64", limit))
-        with loop(num_experts) as e:
+        most, taken = limit.of(tokens * top_k), local(count, "int64")
+        with loop(count) as e:
             dropped.put(e, zero, 1)
         with loop(groups) as group:
-            taken = local(num_experts, "int64")
-            with loop(num_experts) as e:
+            with loop(count) as e:
                 taken.put(e, zero, 1)
             with loop(top_k) as j, loop(tokens) as token:
                 at = let((group * tokens + token) * top_k + j)
@@ -211,34 +230,37 @@ def limit_choices(groups: Index, tokens: Index, top_k: int, num_experts: int, li
     return k.function
 
 
-def choose_tokens(groups: Index, tokens: Index, num_experts: int, limit: Any) -> tirx.PrimFunc:
-    """Logits [groups, tokens, E] to weights and indices of the same shape: each expert takes its `limit` best tokens."""
-    shape = (groups, tokens, num_experts)
-    softmax = Routing(num_experts, 1, "softmax", False, 1.0, 1, 1, False)
+def choose_tokens(shape: Sequence[Index], limit: Limit) -> tirx.PrimFunc:
+    """Logits [*groups, tokens, E] to weights and indices of that shape: each expert takes its best tokens of a group.
+
+    The last output has room for the scores.
+    """
+    *outer, tokens, count = shape
+    groups = product(outer)
+    softmax = Routing(count, 1, "softmax", False, 1.0, 1, 1, False)
     with kernel("expert_choice") as k:
         logits = k.read("logits", shape, "float32")
         weights, indices = k.write("weights", shape, "float32"), k.write("indices", shape, "int64")
         scores = k.write("scores", shape, "float32")
         k.begin()
-        most = let(T.max(tirx.Cast("int32", limit), tirx.const(1, "int32")))
-        with parallel(let(groups * tokens)) as row:
-            mine = local(num_experts, "float32")
+        most = let(T.max(limit.of(tokens), tirx.const(1, "int64")))
+        with parallel(groups * tokens) as row:
+            mine = local(count, "float32")
             _score(softmax, logits, row, mine)
-            with loop(num_experts) as e:
-                scores.put(row * num_experts + e, mine[e], 1)
-        with parallel(let(groups * tokens)) as row:
+            with loop(count) as e:
+                scores.put(row * count + e, mine[e], 1)
+        with parallel(groups * tokens) as row:
             first = let((row // tokens) * tokens)
-            with loop(num_experts) as e:
-                at, better = let(row * num_experts + e), _cell(0, "int32")
+            with loop(count) as e:
+                at, better = let(row * count + e), _cell(0, "int64")
                 with loop(tokens) as other:
-                    theirs = let(scores[(first + other) * num_experts + e])
+                    theirs = let(scores[(first + other) * count + e])
                     earlier = tirx.And(theirs == scores[at], first + other < row)
                     with T.If(tirx.Or(theirs > scores[at], earlier)), T.Then():
-                        better.put(0, better[0] + tirx.const(1, "int32"), 1)
-                mine_too = let(better[0] < most)
-                weights.put(at, T.if_then_else(mine_too, scores[at], tirx.const(0.0, "float32")), 1)
-                number = tirx.Cast("int64", e)
-                indices.put(at, T.if_then_else(mine_too, number, tirx.const(-1, "int64")), 1)
+                        better.put(0, better[0] + tirx.const(1, "int64"), 1)
+                taken = let(better[0] < most)
+                weights.put(at, T.if_then_else(taken, scores[at], tirx.const(0.0, "float32")), 1)
+                indices.put(at, T.if_then_else(taken, tirx.Cast("int64", e), tirx.const(-1, "int64")), 1)
     return k.function
 
 

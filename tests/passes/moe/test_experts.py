@@ -274,16 +274,6 @@ def test_packed_experts_equal_dequantized_ones(name: str, options: dict) -> None
         assert relative_error(found, expected) < 1e-5
 
 
-def test_a_calibrated_method_says_that_experts_are_rounded_to_nearest() -> None:
-    program = capture(build("mixtral"))
-    recipe = Recipe.load({"passes": ["experts", {"gptq": {"group_size": 32}}]})
-    context = Context(Target.parse("cpu"))
-    context.calibration = [{"input_ids": torch.randint(3, VOCAB_SIZE, (2, 16))}]
-    program = PassManager(context).run(program, plan_passes(recipe, program))
-    assert program.history[-1].notes["experts"] == "rounded to nearest, not calibrated"
-    assert len(list(program.calls(quantized_experts.target))) == 2
-
-
 def test_two_formats_in_one_layer_are_refused() -> None:
     options = {"layers": {"down_proj": {"format": "int8"}}}
     with pytest.raises(PassError, match="int4 and int8"):
