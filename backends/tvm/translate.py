@@ -16,6 +16,7 @@ from tvm import relax, tirx
 
 from graphwright import ops
 from graphwright.backends.tvm.expert_layout import tiled_experts, up_rows
+from graphwright.backends.tvm.expert_store import FETCH
 from graphwright.backends.tvm.fusion import NORMS, Fusion, integer_product
 from graphwright.backends.tvm.layout import (
     tiled_embedding,
@@ -598,6 +599,15 @@ def _expert_choice(t: Translator, node: fx.Node) -> list[View]:
     return [t.view_of(made[0], shape), t.view_of(made[1], shape, "int64")]
 
 
+def _fetch(t: Translator, node: fx.Node) -> View:
+    """Calls the store of experts, and passes the indices on."""
+    given = arguments(node)
+    inputs = [t.dense(given[name]) for name in ("indices", "guess") if given[name] is not None]
+    name = relax.ExternFunc(f"{FETCH}.{given['layer']}")
+    t.builder.emit(relax.Call(name, inputs, ty_args=[relax.TupleType([])]))
+    return t.view(given["indices"])
+
+
 def _experts(t: Translator, node: fx.Node) -> View:
     """Sorts the choices, multiplies with `up` and `down` of the active experts, and sums for each token."""
     given = arguments(node)
@@ -654,6 +664,7 @@ KERNELS: Mapping[Any, Callable[[Translator, fx.Node], Any]] = {
     ops.attention.target: _attention,
     ops.expert_capacity.target: _capacity,
     ops.expert_choice.target: _expert_choice,
+    ops.fetch_experts.target: _fetch,
     ops.gated_activation.target: _gated,
     ops.kv_cache_update.target: _update,
     ops.moe_routing.target: _routing,
