@@ -74,6 +74,7 @@ class ExpertStore:
         ]
         self._bytes = [sum(size for _, size in layer) for layer in self._stacks]
         self._used: OrderedDict[tuple[int, int], None] = OrderedDict()
+        self._ran: int | None = None
         maps = _mappings()
         for start, size in (stack for layer in self._stacks for stack in layer):
             if not any(one.start <= start and start + size <= one.end for one in maps):
@@ -98,6 +99,9 @@ class ExpertStore:
 
     def fetch(self, layer: int, chosen: Iterable[int], guess: Iterable[int] = ()) -> None:
         """Asks for experts of a layer that will be read now, and for those of the next one that may be."""
+        if self._ran is not None:
+            self._trim(self._ran)
+        self._ran = layer
         wanted = {(layer, expert) for expert in chosen if expert >= 0}
         missing = [one for one in sorted(wanted) if one not in self._used]
         self.hits += len(wanted) - len(missing)
@@ -128,18 +132,27 @@ class ExpertStore:
             self._advise(*one, mmap.MADV_WILLNEED)
         self.resident_bytes += needed
 
+    def _trim(self, layer: int) -> None:
+        """Lets go what was mapped beside the experts that a layer read: a fault maps up to 2 MB around a page."""
+        page, count = mmap.PAGESIZE, self._counts[layer]
+        held = [expert for expert in range(count) if (layer, expert) in self._used]
+        runs = [(a, b) for a, b in zip([-1, *held], [*held, count], strict=True) if b - a > 1]
+        for start, size in self._stacks[layer]:
+            for before, behind in runs:
+                first = -(-(start + (before + 1) * size) // page) * page
+                last = (start + behind * size) // page * page
+                if first < last:
+                    _libc.madvise(first, last - first, mmap.MADV_DONTNEED)
+
     def _advise(self, layer: int, expert: int, advice: int) -> None:
         page = mmap.PAGESIZE
         for start, size in self._stacks[layer]:
-            first, last = start + expert * size, start + (expert + 1) * size
-            if advice == mmap.MADV_DONTNEED:
-                # Pages that hold a part of a neighbour stay.
-                first, last = -(-first // page) * page, last // page * page
-            else:
-                first, last = first // page * page, -(-last // page) * page
-            if first < last and _libc.madvise(first, last - first, advice):
+            # Pages that hold a part of a neighbour go too; what is left of it is read again.
+            first = (start + expert * size) // page * page
+            last = -(-(start + (expert + 1) * size) // page) * page
+            if _libc.madvise(first, last - first, advice):
                 raise BackendError(f"madvise failed: {os.strerror(ctypes.get_errno())}")
-            if advice == mmap.MADV_DONTNEED and self.drop_cached and first < last:
+            if advice == mmap.MADV_DONTNEED and self.drop_cached:
                 self._drop(first, last - first)
 
     def _drop(self, start: int, size: int) -> None:

@@ -20,7 +20,7 @@ from graphwright.pass_ import Context
 from graphwright.recipe import Recipe
 from graphwright.target import Target
 
-WIDTH, INNER, COUNT, TOP_K = 32, 128, 12, 2
+WIDTH, INNER, COUNT, TOP_K = 64, 1024, 12, 2
 
 
 class Layer(nn.Module):
@@ -29,7 +29,7 @@ class Layer(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         shapes = {"gate": (COUNT, WIDTH), "up": (COUNT, 2 * INNER, WIDTH), "down": (COUNT, WIDTH, INNER)}
         for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=generator) * 0.2))
+            self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=generator) * 0.1))
 
     def forward(self, x):
         weights, indices = moe_routing(functional.linear(x, self.gate), None, TOP_K, "softmax", True)
@@ -72,14 +72,15 @@ def test_outputs_are_equal_and_memory_stays_within_the_budget(folder):
     size = store.total_bytes // (3 * COUNT)
     assert size == 4 * (2 * INNER * WIDTH + WIDTH * INNER)
     assert store.budget == store.total_bytes // 4
-    assert resident(folder) < size
+    assert resident(folder) < 2 * size
     for step in range(12):
         x = rows(1, step)
         with torch.no_grad():
             assert float((loaded(input=x)[0] - reference(x)).norm() / reference(x).norm()) < 1e-5
         assert store.resident_bytes <= store.budget
-        # Neighbours' pages at the edges, and the routers, come on top.
-        assert resident(folder) < store.budget + store.total_bytes // 8
+        # Routers come on top, and pages around those that were read, which the next fetch lets go.
+        loaded.executable.experts.fetch(0, [])
+        assert resident(folder) < 1.3 * store.budget
     assert store.hits > 0
     assert store.misses > 0
     x = rows(50, 99)
@@ -123,7 +124,10 @@ class Log(ExpertStore):
         self.advised: list[tuple[int, int, int]] = []
         self.budget, self.drop_cached = budget, False
         self.hits = self.misses = self.guessed = self.resident_bytes = 0
-        self._bytes, self._used = [10, 10], OrderedDict()
+        self._bytes, self._used, self._ran = [10, 10], OrderedDict(), None
+
+    def _trim(self, layer: int) -> None:
+        pass
 
     def _advise(self, layer: int, expert: int, advice: int) -> None:
         self.advised.append((layer, expert, advice))
