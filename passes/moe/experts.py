@@ -43,7 +43,7 @@ class Experts(Pass):
     kind = "exact"
     paper = Paper("MegaBlocks: Efficient Sparse Training with Mixture-of-Experts", "Gale et al.", 2022, "2211.15841")
     requires = ("grouped_linear", "gated_activation", "linear")
-    after = ("folded", "float_dtype")
+    after = ("folded",)
     provides = ("experts",)
 
     def run(self, program: Program, context: Context) -> PassResult:
