@@ -81,8 +81,9 @@ class Routed:
     rows: list[Tensor] = field(default_factory=list)
     choices: list[Tensor] = field(default_factory=list)
 
-    def add(self, _last: Tensor, rows: Tensor, indices: Tensor) -> None:
-        """Takes tokens [T, K] and indices [T, J] of a batch."""
+    def add(self, *seen: Tensor) -> None:
+        """Takes what a stop saw of a batch, then tokens [T, K] and indices [T, J]."""
+        _, rows, indices = seen
         self.rows.append(rows)
         self.choices.append(indices.long())
 
@@ -170,7 +171,7 @@ def solve_experts(
             if rows is not None and calibrated is not None:
                 statistics = calibrated[1]()
                 statistics.add(rows)
-            one = _solved(weight, stack, expert, lambda w, s, given=statistics: solve(w, s, given))
+            one = _solved(weight, stack, expert, solve, statistics)
             done.stacks[place].append(one)
             done.errors[place] = max(done.errors[place], error(weight, one, statistics))
             if rows is not None and place == 0:
@@ -201,9 +202,9 @@ def install_experts(editor: Editor, layer: ExpertLayer, solved: SolvedExperts) -
     return dict(zip((layer.up.name, layer.down.name), solved.errors, strict=True))
 
 
-def _solved(weight: Tensor, stack: Stack, index: int, solve: Callable[[Tensor, Scheme], Quantized]) -> Quantized:
+def _solved(weight: Tensor, stack: Stack, index: int, solve: Solve, statistics: Any) -> Quantized:
     try:
-        return solve(weight, stack.scheme)
+        return solve(weight, stack.scheme, statistics)
     except PassError as reason:
         where = reason.where or f"{stack.name}, expert {index}"
         raise PassError(reason.problem, where=where, fix=reason.fix) from reason

@@ -559,8 +559,8 @@ def _routing(t: Translator, node: fx.Node) -> list[View]:
     given = arguments(node)
     logits, bias = given["logits"], given["correction_bias"]
     *_, rows, count = shape_of(logits.meta["val"], t.fixed)
-    names = ("top_k", "scoring", "normalize", "scaling", "num_groups", "top_groups")
-    names += ("skip_ratio", "num_shared", "first_shared")
+    chosen = ("top_k", "scoring", "normalize", "scaling", "num_groups", "top_groups")
+    names = (*chosen, "skip_ratio", "num_shared", "first_shared")
     stored, shared = given["expert_of"], given["shared_weight"]
     described = Routing(
         int(count), corrected=bias is not None, mapped=stored is not None, shared_weighted=shared is not None,

@@ -103,7 +103,8 @@ def recognised(program: Program, layer: Layer, generator: torch.Generator) -> Ro
 
     def observe(sizes: Sizes, given: Tensor) -> Tensor:
         bound = sizes.bind(layer.weights, sizes.bind(layer.indices, {logits: given}))
-        return dense(*evaluate(program, ends, bound), count)
+        weights, indices = evaluate(program, ends, bound)
+        return dense(weights, indices, count)
 
     top_k = int(layer.indices.meta["val"].shape[1])
     return search(program, logits, ends, [top_k], observe, generator)
