@@ -121,3 +121,17 @@ def stored(program: Program, layer: MoeLayer) -> dict[str, Tensor]:
     """The stacks of a layer by the name of the argument."""
     nodes = {name: argument(layer.node, name) for name in ("up", "up_bias", "down", "down_bias")}
     return {name: program.weight(node) for name, node in nodes.items() if node is not None}
+
+
+def dropped_share(program: Program, context: Context) -> dict[str, float]:
+    """The part of all choices that capacities drop on the calibration data, by layer."""
+    layers = [layer for layer in moe_layers(program)[0] if layer.capacity is not None]
+    found: dict[str, float] = {}
+
+    def visit(layer: MoeLayer, seen: Routed) -> None:
+        total = sum(part.numel() for part in seen.choices)
+        found[layer.name] = 1 - float(seen.usage(layer.count).sum()) / max(total, 1)
+
+    if layers:
+        observe(program, context, layers, visit)
+    return found

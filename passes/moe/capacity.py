@@ -15,12 +15,11 @@ import operator
 from pydantic import Field
 
 from graphwright.errors import PassError
-from graphwright.expert_quantizer import Routed
 from graphwright.layer_pass import refuse_after
 from graphwright.match import argument
 from graphwright.ops import expert_capacity
 from graphwright.pass_ import Context, Paper, Pass, PassResult
-from graphwright.passes.moe._raised import MoeLayer, changed, moe_layers, observe
+from graphwright.passes.moe._raised import MoeLayer, changed, dropped_share, moe_layers
 from graphwright.program import Program
 from graphwright.rewrite import Editor
 
@@ -72,17 +71,3 @@ class Capacity(Pass):
         both = editor.call(expert_capacity, *given, layer.count, *rest, before=layer.node)
         weights, indices = (editor.call(operator.getitem, both, place, before=layer.node) for place in (0, 1))
         editor.replace(layer.node, changed(editor, layer.node, weights=weights, indices=indices), layer.name)
-
-
-def dropped_share(program: Program, context: Context) -> dict[str, float]:
-    """The part of all choices that capacities drop on the calibration data, by layer."""
-    layers = [layer for layer in moe_layers(program)[0] if layer.capacity is not None]
-    found: dict[str, float] = {}
-
-    def visit(layer: MoeLayer, seen: Routed) -> None:
-        total = sum(part.numel() for part in seen.choices)
-        found[layer.name] = 1 - float(seen.usage(layer.count).sum()) / max(total, 1)
-
-    if layers:
-        observe(program, context, layers, visit)
-    return found

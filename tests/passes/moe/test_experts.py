@@ -188,6 +188,31 @@ def test_plain_loops(module: nn.Module) -> None:
     same(program, module)
 
 
+class Unequal(Loop):
+    """Experts of different widths, which no stack holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts[1] = nn.Sequential(nn.Linear(WIDTH, 7), nn.ReLU(), nn.Linear(7, WIDTH))
+
+
+def test_experts_of_unequal_shape_stay_and_are_reported() -> None:
+    module = Unequal()
+    program = run(captured_loop(module), "experts")
+    assert not list(program.calls(experts.target))
+    assert "on rows that a condition chose" in program.history[-1].notes["left"][0]
+    same(program, module)
+
+
+def test_stacks_of_unequal_number_are_not_experts() -> None:
+    module = Stacked(lambda logits: logits.softmax(-1).topk(2))
+    module.down = nn.Parameter(torch.empty(COUNT + 1, WIDTH, INNER))
+    program = run(captured_loop(module), "experts")
+    assert not list(program.calls(experts.target))
+    assert "weights go in" in program.history[-1].notes["left"][0]
+    same(program, module)
+
+
 def test_a_loop_that_drops_tokens_is_not_taken_for_one_that_does_not() -> None:
     with pytest.raises(CaptureError, match="DroppingOverHit cannot be captured"):
         captured_loop(DroppingOverHit())

@@ -8,6 +8,7 @@ from torch.nn import functional
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP
 
+import graphwright
 from graphwright.capture import capture
 from graphwright.manager import PassManager, plan_passes
 from graphwright.match import argument
@@ -124,3 +125,22 @@ def test_an_unknown_capacity_stays_and_is_reported():
     assert not list(program.calls(experts.target))
     assert "a loop that stays as it is" in program.history[-1].notes["left"][0]
     same(program, module, "x")
+
+
+def test_the_cpu_computes_the_block_and_what_is_dropped_is_reported():
+    module = filled(SwitchTransformersSparseMLP(config(3)))
+    example = {"hidden_states": torch.randn(2, 7, WIDTH)}
+    dims = {"hidden_states": {0: "batch", 1: "sequence"}}
+    given = [{"hidden_states": torch.randn(1, 40, WIDTH, generator=torch.Generator().manual_seed(s))} for s in (1, 2)]
+    recipe = {"passes": ["expert_usage"]}
+    compiled = graphwright.compile(module, recipe, example_inputs=example, dims=dims, calibration=given)
+    assert compiled.backend == "tvm"
+    notes = compiled.program.history[-1].notes
+    # 40 tokens of a sequence want one expert each, and 4 experts take 3.
+    (usage,), (dropped,) = notes["usage"].values(), notes["dropped"].values()
+    assert max(usage) <= 2 * 3
+    assert abs(dropped - (1 - sum(usage) / 80)) < 1e-9
+    for shape in ((1, 1), (3, 29)):
+        x = torch.randn(*shape, WIDTH, generator=torch.Generator().manual_seed(5))
+        with torch.no_grad():
+            assert relative_error(compiled(hidden_states=x)[0], module(x)) < 1e-5
