@@ -36,7 +36,7 @@ class Collector(Protocol):
     """Gathers statistics of one node's value."""
 
     def add(self, rows: Tensor) -> None:
-        """Takes float32 rows [tokens, K] of one batch."""
+        """Takes float32 rows [tokens, K] of one batch, and those of the nodes beside it, if its stop has some."""
         ...
 
 
@@ -97,12 +97,25 @@ class Channels:
 Collected = TypeVar("Collected", bound=Collector)
 
 
+Weights = Tensor | tuple[Tensor, Tensor]
+"""What a linear layer multiplies with; or the two stacks of a layer of experts."""
+
+
 @dataclass(frozen=True)
 class Stop:
-    """A node whose value is observed, and what reports call it."""
+    """A node whose value is observed, and what reports call it.
+
+    Attributes:
+        node: the node.
+        label: what reports say.
+        beside: nodes before it whose values are observed with it; something after it reads them.
+        collect: makes its collector; None for the walk's own.
+    """
 
     node: fx.Node
     label: str
+    beside: tuple[fx.Node, ...] = ()
+    collect: Callable[[], Any] | None = None
 
 
 def walk(
@@ -110,7 +123,7 @@ def walk(
     batches: Sequence[Mapping[str, Tensor]],
     stops: Sequence[Stop],
     collect: Callable[[], Collected],
-    visit: Callable[[int, Collected], Mapping[fx.Node, Tensor]],
+    visit: Callable[[int, Collected], Mapping[fx.Node, Weights]],
     progress: Callable[[str, float], None] = lambda _text, _fraction: None,
     skip: Callable[[int], bool] = lambda _index: False,
 ) -> None:
@@ -122,7 +135,7 @@ def walk(
         stops: nodes of `program` with a floating-point value [..., K], in graph order.
         collect: makes the collector of one stop.
         visit: called with the index of each stop and what was collected there; returns the weights that linear
-            layers of `program`, none of them before the stop, compute with from here on.
+            layers and experts of `program`, none of them before the stop, compute with from here on.
         progress: called with the label of each stop.
         skip: whether nothing need be collected at a stop, whose visitor then sees an empty collector.
 
@@ -132,7 +145,7 @@ def walk(
     run = _Run(program, batches)
     for index, stop in enumerate(stops):
         progress(stop.label, index / len(stops))
-        collector = collect()
+        collector = (stop.collect or collect)()
         run.to(stop, None if skip(index) else collector)
         run.weights.update({run.copies[node]: weight for node, weight in visit(index, collector).items()})
 
@@ -150,7 +163,7 @@ class _Run:
         self.inputs = [batch_inputs(self.program, batch, state=False) for batch in batches]
         self.masks = [batch.get("attention_mask") for batch in batches]
         self.live: list[dict[fx.Node, Any]] = [{} for _ in batches]
-        self.weights: dict[fx.Node, Tensor] = {}
+        self.weights: dict[fx.Node, Weights] = {}
         self.done = 0
 
     def to(self, stop: Stop, collector: Collector | None) -> None:
@@ -163,7 +176,8 @@ class _Run:
                     if node.op == "call_function":
                         self._execute(node, batch, values, goal)
                 if collector is not None:
-                    collector.add(self._rows(self._value(goal, batch, values), batch, stop))
+                    seen = (goal, *(self.copies[node] for node in stop.beside))
+                    collector.add(*(self._rows(self._value(node, batch, values), batch, stop) for node in seen))
                 if not goal.users:
                     values.pop(goal, None)
         self.done += len(segment)
@@ -172,8 +186,12 @@ class _Run:
 
     def _execute(self, node: fx.Node, batch: int, values: dict[fx.Node, Any], goal: fx.Node) -> None:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self._value(n, batch, values))
-        if node in self.weights:
-            values[node] = functional.linear(args[0], self.weights[node].to(args[0].dtype), *args[2:])
+        new = self.weights.get(node)
+        if isinstance(new, tuple):
+            up, down = (weight.to(args[0].dtype) for weight in new)
+            values[node] = node.target(*args[:3], up, args[4], down, *args[6:], **kwargs)
+        elif new is not None:
+            values[node] = functional.linear(args[0], new.to(args[0].dtype), *args[2:])
         else:
             values[node] = node.target(*args, **kwargs)
         for source in (*node.all_input_nodes, node):

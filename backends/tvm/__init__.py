@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from graphwright.backend import Executable, Progress, Support
 from graphwright.backends.tvm.build import build, forms
 from graphwright.backends.tvm.executable import TvmExecutable
+from graphwright.backends.tvm.expert_store import read_plan, write_plan
 from graphwright.backends.tvm.layout import tile_weights
 from graphwright.backends.tvm.support import support
 from graphwright.backends.tvm.tuning import load, save, tune
@@ -62,12 +63,14 @@ class TvmBackend:
         if found:
             save(found, directory)
         build(program, target, directory / LIBRARY, progress, {one.layer: one.schedule for one in found})
-        return TvmExecutable(directory / LIBRARY, forms(program), program.contract, program.weights())
+        write_plan(program, directory)
+        plan = read_plan(directory)
+        return TvmExecutable(directory / LIBRARY, forms(program), program.contract, program.weights(), plan)
 
     def load(self, contract: Contract, weights: Mapping[str, Tensor], target: Target, directory: Path) -> Executable:
         """The executable from the compiled library."""
         names = ("decode", "general") if contract.state else ("general",)
-        return TvmExecutable(directory / LIBRARY, names, contract, weights)
+        return TvmExecutable(directory / LIBRARY, names, contract, weights, read_plan(directory), mapped=True)
 
     def kernels(self, directory: Path) -> list[dict[str, Any]]:
         """One row for every kernel whose schedule was tuned.
