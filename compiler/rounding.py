@@ -73,6 +73,16 @@ class Quantized:
         parts = (self.packed, self.grid.scale, self.grid.zero_point, self.scheme.format, self.group_size)
         return packing.dequantize(*parts)[:, : self.width]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is stored, by name."""
+        zero = {} if self.grid.zero_point is None else {"zero_point": self.grid.zero_point}
+        return {"packed": self.packed, "scale": self.grid.scale, **zero}
+
+    @staticmethod
+    def restore(tensors: dict[str, Tensor], scheme: Scheme, width: int) -> "Quantized":
+        """From its `tensors`."""
+        return Quantized(tensors["packed"], Grid(tensors["scale"], tensors.get("zero_point")), scheme, width)
+
 
 def grouped(weight: Tensor, scheme: Scheme) -> Tensor:
     """Float32 [N, G, group_size] of a weight [N, K], padded with zeros."""

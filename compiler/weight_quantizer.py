@@ -14,9 +14,10 @@ and agree, they share the packed one.
 
 import hashlib
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from pydantic import Field, field_validator
 from safetensors import safe_open
@@ -31,7 +32,7 @@ from graphwright.ops import moe_routing, quantized_embedding, quantized_linear
 from graphwright.pass_ import Context, Pass, PassResult
 from graphwright.program import Program
 from graphwright.rewrite import Editor
-from graphwright.rounding import Grid, Quantized
+from graphwright.rounding import Quantized
 from graphwright.scheme import FormatName, LayerOptions, ScaleType, Scheme
 
 
@@ -48,6 +49,18 @@ class Layer:
     def name(self) -> str:
         """Name of the weight."""
         return str(self.weight.target)
+
+
+class Solved(Protocol):
+    """A weight in the form in which it is stored."""
+
+    def dense(self) -> Tensor:
+        """The weight [N, K] that it stands for, float32."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is stored, by name."""
+        ...
 
 
 class WeightQuantizer(Pass):
@@ -70,6 +83,8 @@ class WeightQuantizer(Pass):
     conflicts: ClassVar[tuple[str, ...]] = ("quantized",)
     calibrated: ClassVar[bool] = False
     """Whether `solve` wants statistics of a layer's inputs."""
+    error_of: ClassVar[Literal["weights", "outputs"]] = "weights"
+    """What `error` is the relative error of."""
 
     group_size: int = Field(64, ge=-1, description="weights that share a scale along the input; 0: the whole row")
     scale_dtype: ScaleType = Field("float16", description="dtype of the scales")
@@ -111,11 +126,23 @@ class WeightQuantizer(Pass):
         """A calibrated method's collector for one layer's inputs."""
         raise NotImplementedError(f"pass {self.name} collects nothing")
 
-    def solve(self, weight: Tensor, scheme: Scheme, statistics: Any) -> Quantized:
-        """Rounds one weight [N, K]; `statistics` is the filled collector, or None where nothing is calibrated."""
+    def solve(self, weight: Tensor, scheme: Scheme, statistics: Any) -> Any:
+        """Rounds one weight [N, K]; `statistics` is the filled collector, or None where nothing is calibrated.
+
+        Returns:
+            A `Solved`: a `Quantized`, unless the method overrides `restore` and `install`.
+        """
         raise NotImplementedError(f"pass {self.name} rounds nothing")
 
-    def error(self, weight: Tensor, quantized: Quantized, statistics: Any) -> float:
+    def restore(self, tensors: dict[str, Tensor], scheme: Scheme, width: int) -> Any:
+        """What `solve` returned, from its `tensors` and the number of columns K."""
+        return Quantized.restore(tensors, scheme, width)
+
+    def install(self, edit: "Installation", layer: Layer, solved: Any) -> fx.Node:
+        """Puts what `solve` returned in the place of a layer; returns the node that takes it."""
+        return edit.linear(layer, solved)
+
+    def error(self, weight: Tensor, quantized: Any, statistics: Any) -> float:
         """Relative error of one layer: of its weight, unless a method can tell that of its output."""
         return rounding.relative_weight_error(weight, quantized)
 
@@ -129,7 +156,7 @@ class WeightQuantizer(Pass):
             PassError: a layer cannot be rounded, a pattern names no layer, or activations are not finite.
         """
         with Editor(program, self.name, context.fuel) as editor:
-            edit = _Installation(editor)
+            edit = Installation(editor, self.restore)
             unmatched = set(self.layers)
             found = self._layers(program, unmatched)
             mixtures = expert_layers(program, lambda name: self._scheme_of(name, False, unmatched))
@@ -144,6 +171,7 @@ class WeightQuantizer(Pass):
                     self._install(edit, layer, None)
                     editor.retire(layer.node)
             self._experts(context, edit, mixtures, notes)
+            notes["layer_errors_of"] = self.error_of
             if self.embedding_bits:
                 for node, table in structure.embeddings(program):
                     if editor.allow(node):
@@ -152,7 +180,7 @@ class WeightQuantizer(Pass):
         return PassResult(program, editor.sites, notes=notes, layer_errors=edit.errors)
 
     def _experts(
-        self, context: Context, edit: "_Installation", mixtures: list[ExpertLayer], notes: dict[str, Any]
+        self, context: Context, edit: "Installation", mixtures: list[ExpertLayer], notes: dict[str, Any]
     ) -> None:
         """Rounds every expert by itself; a calibrated method, which may see too few tokens of one, to nearest."""
 
@@ -199,7 +227,7 @@ class WeightQuantizer(Pass):
                 scheme = options.apply(scheme or self.scheme())
         return scheme
 
-    def _walk(self, program: Program, context: Context, edit: "_Installation", layers: list[Layer]) -> None:
+    def _walk(self, program: Program, context: Context, edit: "Installation", layers: list[Layer]) -> None:
         """Solves layers in the order in which data reaches them, each behind the quantized ones before it."""
         stages = calibration.by_input(program, layers)
         batches = calibration.samples(program, context)
@@ -214,7 +242,7 @@ class WeightQuantizer(Pass):
         stops = [Stop(node, f"{self.name} {group[0].name}") for node, group in stages]
         calibration.walk(program, batches, stops, self.collector, visit, context.progress, known)
 
-    def _install(self, edit: "_Installation", layer: Layer, statistics: Any) -> Quantized:
+    def _install(self, edit: "Installation", layer: Layer, statistics: Any) -> Solved:
         """Solves a layer, unless another one that reads the same weight is solved, and puts it in the graph."""
         done = edit.find(layer)
         if done is None:
@@ -229,9 +257,10 @@ class WeightQuantizer(Pass):
             except PassError as reason:
                 raise PassError(reason.problem, where=reason.where or layer.name, fix=reason.fix) from reason
             edit.keep(layer, done, error)
-        new = edit.linear(layer, done)
-        if not layer.head:
-            self.compensate(edit.editor, layer, done, new)
+        if layer.head:
+            edit.linear(layer, done)
+        else:
+            self.compensate(edit.editor, layer, done, self.install(edit, layer, done))
         return done
 
 
@@ -350,52 +379,49 @@ class Checkpoint:
         """Where the layer whose weight has this name is kept."""
         return self.folder / f"{name}.safetensors"
 
-    def save(self, name: str, quantized: Quantized, error: float) -> None:
+    def save(self, name: str, tensors: dict[str, Tensor], error: float) -> None:
         """Writes one layer."""
-        tensors = {"packed": quantized.packed, "scale": quantized.grid.scale}
-        if quantized.grid.zero_point is not None:
-            tensors["zero_point"] = quantized.grid.zero_point
         partial = self.file(name).with_suffix(".partial")
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, {"error": repr(error)})
         partial.replace(self.file(name))
 
-    def load(self, name: str, scheme: Scheme, width: int) -> tuple[Quantized, float]:
+    def load(self, name: str) -> tuple[dict[str, Tensor], float]:
         """Reads one layer and its error."""
         with safe_open(self.file(name), framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            error = float(file.metadata()["error"])
-        return Quantized(tensors["packed"], Grid(tensors["scale"], tensors.get("zero_point")), scheme, width), error
+            return tensors, float(file.metadata()["error"])
 
 
 @dataclass
-class _Installation:
+class Installation:
     """The edit in progress; a weight that several nodes read is quantized once per scheme."""
 
     editor: Editor
+    restore: Callable[[dict[str, Tensor], Scheme, int], Any]
     errors: dict[str, float] = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
-    _names: dict[tuple[str, Scheme], tuple[str, ...]] = field(default_factory=dict)
-    _results: dict[tuple[str, Scheme], Quantized] = field(default_factory=dict)
+    _names: dict[tuple[str, Scheme], tuple[str | None, ...]] = field(default_factory=dict)
+    _results: dict[tuple[str, Scheme], Any] = field(default_factory=dict)
 
     def known(self, layer: Layer) -> bool:
         """Whether the layer's weight need not be solved."""
         stored = self.checkpoint is not None and not layer.head and self.checkpoint.file(layer.name).exists()
         return stored or (layer.name, layer.scheme) in self._results
 
-    def find(self, layer: Layer) -> Quantized | None:
+    def find(self, layer: Layer) -> Any:
         """What was solved for the layer's weight before, in this run or in the one that was interrupted."""
         key = (layer.name, layer.scheme)
         if key not in self._results and self.checkpoint is not None and self.known(layer):
-            width = layer.weight.meta["val"].shape[1]
-            self._results[key], self.errors[layer.name] = self.checkpoint.load(layer.name, layer.scheme, width)
+            tensors, self.errors[layer.name] = self.checkpoint.load(layer.name)
+            self._results[key] = self.restore(tensors, layer.scheme, layer.weight.meta["val"].shape[1])
         return self._results.get(key)
 
-    def keep(self, layer: Layer, quantized: Quantized, error: float) -> None:
+    def keep(self, layer: Layer, solved: Solved, error: float) -> None:
         """Notes what was solved."""
-        self._results[(layer.name, layer.scheme)] = quantized
+        self._results[(layer.name, layer.scheme)] = solved
         self.errors[layer.name] = error
         if self.checkpoint is not None and not layer.head:
-            self.checkpoint.save(layer.name, quantized, error)
+            self.checkpoint.save(layer.name, solved.tensors(), error)
 
     def linear(self, layer: Layer, quantized: Quantized) -> fx.Node:
         """Puts a quantized linear layer in the place of a plain one, and returns it."""
@@ -422,14 +448,20 @@ class _Installation:
 
     def _nodes(self, before: fx.Node, name: str, quantized: Quantized) -> tuple[fx.Node | None, ...]:
         """Nodes that read the packed weight, its scales and its zero points or None."""
-        key = (name, quantized.scheme)
-        symmetric = quantized.grid.zero_point is None
-        if key not in self._names:
-            stored = {quantized.scheme.format: quantized.packed, "scale": quantized.grid.scale}
-            if quantized.grid.zero_point is not None:
-                stored["zero_point"] = quantized.grid.zero_point
-            made = [self.editor.weight(f"{name}_{part}", tensor, before) for part, tensor in stored.items()]
-            self._names[key] = tuple(str(node.target) for node in made)
-            return (*made, None) if symmetric else tuple(made)
-        nodes: list[fx.Node | None] = [self.editor.read(stored_name, before) for stored_name in self._names[key]]
-        return (*nodes, None) if symmetric else tuple(nodes)
+        grid, format = quantized.grid, quantized.scheme.format
+        stored = {format: quantized.packed, "scale": grid.scale, "zero_point": grid.zero_point}
+        return self.read(name, quantized.scheme, stored, before)
+
+    def read(
+        self, name: str, scheme: Scheme, stored: Mapping[str, Tensor | None], before: fx.Node
+    ) -> tuple[fx.Node | None, ...]:
+        """Nodes that read tensors of a weight; what is stored already under its name and scheme is shared."""
+        key = (name, scheme)
+        if key in self._names:
+            return tuple(None if known is None else self.editor.read(known, before) for known in self._names[key])
+        made = tuple(
+            None if tensor is None else self.editor.weight(f"{name}_{part}", tensor, before)
+            for part, tensor in stored.items()
+        )
+        self._names[key] = tuple(None if node is None else str(node.target) for node in made)
+        return made

@@ -18,6 +18,7 @@ from graphwright.ops.quantized_linear import quantized_linear
 from graphwright.ops.rms_norm import rms_norm
 from graphwright.ops.rope import rope
 from graphwright.ops.sparse_linear import sparse_linear
+from graphwright.ops.spqr_linear import spqr_linear
 
 __all__ = [
     "attention",
@@ -34,4 +35,5 @@ __all__ = [
     "rms_norm",
     "rope",
     "sparse_linear",
+    "spqr_linear",
 ]

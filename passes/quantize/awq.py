@@ -38,6 +38,7 @@ class Awq(IntegerQuantizer):
         "2306.00978",
     )
     calibrated = True
+    error_of = "outputs"
 
     steps: int = Field(20, gt=0, description="points of the search for a in [0, 1)")
     clip_steps: int = Field(10, ge=0, description="ranges that are tried; 0 clips nothing")
