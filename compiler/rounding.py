@@ -133,6 +133,17 @@ def quantize(weight: Tensor, scheme: Scheme, chosen: Grid | None = None) -> Quan
     return Quantized(torch.cat([packed for packed, _ in parts]), merged, scheme, width)
 
 
+def nearest(weight: Tensor, scheme: Scheme) -> Tensor:
+    """What a weight [N, K] rounds to, float32 [N, K]: `quantize(weight, scheme).dense()` without packing.
+
+    Raises:
+        PassError: the weight holds NaN or infinity, or a scale overflows the scheme's dtype.
+    """
+    wide = grouped(weight, scheme)
+    made = grid(wide, scheme)
+    return made.values(made.codes(wide, scheme.format), scheme.format).flatten(1)[:, : weight.shape[1]]
+
+
 def from_codes(codes: Tensor, chosen: Grid, scheme: Scheme, width: int) -> Quantized:
     """Packs codes [N, G * group_size] that a method chose itself."""
     return Quantized(packing.pack(codes, scheme.format, scheme.group(width)), chosen, scheme, width)
