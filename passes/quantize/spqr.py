@@ -86,7 +86,7 @@ class Spqr(WeightQuantizer):
     statistic_bits: Literal[2, 3, 4, 8] = Field(3, description="bits of each scale and zero point")
     statistic_group: int = Field(16, gt=0, description="outputs whose scales share a scale")
     threshold: float = Field(
-        0.2, gt=0, description="error, relative to a weight's mean variance, from which on a weight is an outlier"
+        0.2, gt=0, description="squared error, relative to the mean square of a weight, from which on one is an outlier"
     )
     damping: float = Field(0.01, gt=0, description="part of the Hessian's mean diagonal that is added to it")
     block_size: int = Field(128, gt=0, description="columns between two updates of the rest")
@@ -139,7 +139,7 @@ class Spqr(WeightQuantizer):
         factor = inverse_factor(statistics.matrix[order][:, order], self.damping)
         cost = torch.empty(width)
         cost[order] = factor.diagonal().square().reciprocal()
-        threshold = self.threshold * float((wide.var(0) * cost).mean())
+        threshold = self.threshold * float((wide.square().mean(0) * cost).mean())
         outer = self._grid(wide, cost, scheme, threshold)
         columns = SparseColumns(wide[:, order].t().contiguous(), order, scheme, outer.grid())
         columns.allow(factor.diagonal(), threshold)
@@ -194,7 +194,9 @@ def ranges_without_outliers(wide: Tensor, cost: Tensor, scheme: Scheme, threshol
     for index in range(wide.shape[2]):
         without = torch.ones(wide.shape[2], dtype=torch.bool)
         without[index] = False
-        rest = [part.masked_fill(part.isinf(), 0.0) for part in (low[..., without].amin(-1), high[..., without].amax(-1))]
+        rest = [
+            part.masked_fill(part.isinf(), 0.0) for part in (low[..., without].amin(-1), high[..., without].amax(-1))
+        ]
         left = (_errors(wide[..., without], *rest, codes) * cost[:, without]).sum(-1)
         outlier[..., index] = base - left > threshold
     # Where every weight is one, the range is that of all of them.

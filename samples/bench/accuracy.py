@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layer_errors import layer_errors
 from rich.console import Console
 from rich.table import Table
 
@@ -42,6 +41,9 @@ from graphwright.recipe import Recipe
 from graphwright.rewrite import Editor
 from graphwright.sources import demo_model, open_model
 from graphwright.target import Target
+
+sys.path.append(str(Path(__file__).parent))
+from layer_errors import layer_errors
 
 CPU = Target.parse("cpu")
 GROUPS = {"g64": 64, "g128": 128, "row": 0}
