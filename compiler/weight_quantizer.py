@@ -12,20 +12,18 @@ vocabulary head and the token embedding are rounded to nearest with widths of th
 and agree, they share the packed one.
 """
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
+import torch
 from pydantic import Field, field_validator
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from graphwright import allocation, calibration, rounding, structure
 from graphwright.calibration import Collector, Stop
+from graphwright.checkpoint import Checkpoint
 from graphwright.errors import PassError
 from graphwright.expert_quantizer import ExpertLayer, expert_layers, quantize_experts
 from graphwright.ops import moe_routing, quantized_embedding, quantized_linear
@@ -270,6 +268,9 @@ class IntegerQuantizer(WeightQuantizer):
     bits: Literal[2, 3, 4, 8] = Field(4, description="bits per weight")
     symmetric: bool = Field(False, description="no zero points")
     mixed_bits: float | None = Field(None, gt=0, description="mean bits per weight to spend as layers need them")
+    mixed_error: float | None = Field(
+        None, gt=0, description="error to spend on few bits: root mean square over layers of their outputs' errors"
+    )
     mixed_widths: tuple[Literal[2, 3, 4, 8], ...] = Field((2, 3, 4, 8), min_length=1, description="widths to mix")
 
     def scheme(self) -> Scheme:
@@ -284,53 +285,73 @@ class IntegerQuantizer(WeightQuantizer):
     @property
     def calibrates(self) -> bool:
         """A calibrated method does, and any that mixes widths."""
-        return self.calibrated or self.mixed_bits is not None
+        return self.calibrated or self._mixes
+
+    @property
+    def _mixes(self) -> bool:
+        return self.mixed_bits is not None or self.mixed_error is not None
+
+    def model_post_init(self, context: Any) -> None:
+        """Refuses two budgets."""
+        super().model_post_init(context)
+        if self.mixed_bits is not None and self.mixed_error is not None:
+            raise ValueError("mixed_bits and mixed_error are two budgets: give one")
 
     def choose(self, program: Program, context: Context, layers: list[Layer]) -> tuple[list[Layer], dict[str, Any]]:
-        """With a budget of mean bits, gives each layer but the head the width that it needs most.
+        """With a budget of mean bits or of error, gives each layer but the head the width that it needs most.
 
         The loss of a layer at a width is the relative squared error of its output when it alone is rounded to
         nearest, measured on the calibration data; the choice is exact. Layers that share a weight are one.
         """
-        if self.mixed_bits is None:
+        if not self._mixes:
             return layers, {}
         mixed = {layer.name: layer for layer in layers if not layer.head}
         widths = sorted(self.mixed_widths)
         options = self._measured(program, context, list(mixed.values()), widths)
         weights = sum(layer.weight.meta["val"].numel() for layer in mixed.values())
         points = allocation.frontier([options[name] for name in mixed])
-        chosen = allocation.within(points, int(self.mixed_bits * weights / 8))
+        if self.mixed_bits is not None:
+            chosen = allocation.within(points, int(self.mixed_bits * weights / 8))
+        else:
+            chosen = allocation.reaching(points, (self.mixed_error or 0.0) ** 2 * len(mixed))
         bits = {name: widths[index] for name, index in zip(mixed, chosen.chosen, strict=True)}
         step = max(1, len(points) // FRONTIER_POINTS)
-        drawn = [[point.bytes * 8 / weights, point.loss / len(mixed)] for point in points[::step]]
+        ends = [*points[:-1:step], points[-1]]
+        drawn = [[point.bytes * 8 / weights, point.loss / len(mixed)] for point in (*ends, chosen)]
         changed = [
             layer if layer.head else replace(layer, scheme=_with_bits(layer.scheme, bits[layer.name]))
             for layer in layers
         ]
-        return changed, {"bits": bits, "frontier": drawn}
+        return changed, {"bits": bits, "frontier": drawn[:-1], "chosen": drawn[-1]}
 
     def _measured(
         self, program: Program, context: Context, layers: list[Layer], widths: list[int]
     ) -> dict[str, list[allocation.Option]]:
         """Bytes and loss of every layer at every width, by weight name."""
         stages = calibration.by_input(program, layers)
-        found: dict[str, list[allocation.Option]] = {}
 
-        def visit(index: int, collected: calibration.Hessian) -> dict[fx.Node, Tensor]:
-            for layer in stages[index][1]:
-                weight = program.weight(layer.weight)
-                found[layer.name] = [self._option(weight, layer.scheme, bits, collected.matrix) for bits in widths]
-            return {}
+        def losses(index: int, collected: calibration.Hessian) -> dict[str, Tensor]:
+            return {
+                layer.name: torch.tensor(
+                    [_loss(program.weight(layer.weight), _with_bits(layer.scheme, bits), collected) for bits in widths],
+                    dtype=torch.float64,
+                )
+                for layer in stages[index][1]
+            }
 
         stops = [Stop(node, f"{self.name} sensitivity {group[0].name}") for node, group in stages]
-        batches = calibration.samples(program, context)
-        calibration.walk(program, batches, stops, calibration.Hessian, visit, context.progress)
+        found: dict[str, list[allocation.Option]] = {}
+        for part in calibration.measure(self, program, context, stops, calibration.Hessian, losses):
+            for layer in layers:
+                if layer.name in part:
+                    sizes = [_with_bits(layer.scheme, bits).bytes(*layer.weight.meta["val"].shape) for bits in widths]
+                    options = zip(sizes, part[layer.name].tolist(), strict=True)
+                    found[layer.name] = [allocation.Option(size, loss) for size, loss in options]
         return found
 
-    def _option(self, weight: Tensor, scheme: Scheme, bits: int, hessian: Tensor) -> allocation.Option:
-        narrow = _with_bits(scheme, bits)
-        dense = rounding.quantize(weight, narrow).dense()
-        return allocation.Option(narrow.bytes(*weight.shape), rounding.output_error(weight, dense, hessian) ** 2)
+
+def _loss(weight: Tensor, scheme: Scheme, collected: calibration.Hessian) -> float:
+    return rounding.output_error(weight, rounding.nearest(weight, scheme), collected.matrix) ** 2
 
 
 FRONTIER_POINTS = 100
@@ -351,47 +372,6 @@ def _per_row(bits: int, scale_dtype: ScaleType) -> Scheme:
     return Scheme(format=integer_format(bits), group_size=0, symmetric=True, scale_dtype=scale_dtype)
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """Solved layers on disk: an interrupted calibration goes on where it was.
-
-    One file per layer, written under another name first, in a folder that stands for the same pass, program and data.
-    """
-
-    folder: Path
-
-    @staticmethod
-    def of(one: Pass, program: Program, batches: list[dict[str, Tensor]], context: Context) -> "Checkpoint | None":
-        """The checkpoint of this calibration in the context's folder, or None without one."""
-        if context.checkpoint is None:
-            return None
-        digest = hashlib.sha256(f"{one.name} {one.model_dump_json()} {context.seed}\n{program.text()}".encode())
-        for batch in batches:
-            for name in sorted(batch):
-                digest.update(batch[name].contiguous().numpy().tobytes())
-        for tensor in program.weights().values():
-            digest.update(str(float(tensor.double().sum())).encode())
-        folder = context.checkpoint / f"{one.name}-{digest.hexdigest()[:16]}"
-        folder.mkdir(parents=True, exist_ok=True)
-        return Checkpoint(folder)
-
-    def file(self, name: str) -> Path:
-        """Where the layer whose weight has this name is kept."""
-        return self.folder / f"{name}.safetensors"
-
-    def save(self, name: str, tensors: dict[str, Tensor], error: float) -> None:
-        """Writes one layer."""
-        partial = self.file(name).with_suffix(".partial")
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, {"error": repr(error)})
-        partial.replace(self.file(name))
-
-    def load(self, name: str) -> tuple[dict[str, Tensor], float]:
-        """Reads one layer and its error."""
-        with safe_open(self.file(name), framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return tensors, float(file.metadata()["error"])
-
-
 @dataclass
 class Installation:
     """The edit in progress; a weight that several nodes read is quantized once per scheme."""
@@ -405,14 +385,14 @@ class Installation:
 
     def known(self, layer: Layer) -> bool:
         """Whether the layer's weight need not be solved."""
-        stored = self.checkpoint is not None and not layer.head and self.checkpoint.file(layer.name).exists()
+        stored = self.checkpoint is not None and not layer.head and self.checkpoint.has(layer.name)
         return stored or (layer.name, layer.scheme) in self._results
 
     def find(self, layer: Layer) -> Any:
         """What was solved for the layer's weight before, in this run or in the one that was interrupted."""
         key = (layer.name, layer.scheme)
         if key not in self._results and self.checkpoint is not None and self.known(layer):
-            tensors, self.errors[layer.name] = self.checkpoint.load(layer.name)
+            tensors, self.errors[layer.name] = self.checkpoint.load(layer.name), self.checkpoint.error(layer.name)
             self._results[key] = self.restore(tensors, layer.scheme, layer.weight.meta["val"].shape[1])
         return self._results.get(key)
 
@@ -421,7 +401,7 @@ class Installation:
         self._results[(layer.name, layer.scheme)] = solved
         self.errors[layer.name] = error
         if self.checkpoint is not None and not layer.head:
-            self.checkpoint.save(layer.name, solved.tensors(), error)
+            self.checkpoint.save(layer.name, solved.tensors(), error=error)
 
     def linear(self, layer: Layer, quantized: Quantized) -> fx.Node:
         """Puts a quantized linear layer in the place of a plain one, and returns it."""

@@ -88,17 +88,17 @@ class Activations(Pass):
         """The largest magnitude of each tensor, [], over the calibration data."""
         order = {node: place for place, node in enumerate(program.graph.nodes)}
         ordered = sorted(sources, key=order.__getitem__)
-        found: dict[fx.Node, Tensor] = {}
-
-        def visit(index: int, collected: Channels) -> dict[fx.Node, Tensor]:
-            smallest = torch.finfo(torch.float32).tiny
-            found[ordered[index]] = collected.largest.amax().clamp_min(smallest)
-            return {}
-
+        smallest = torch.finfo(torch.float32).tiny
         stops = [Stop(node, f"{self.name} {node.name}") for node in ordered]
-        batches = calibration.samples(program, context)
-        calibration.walk(program, batches, stops, Channels, visit, context.progress)
-        return found
+        found = calibration.measure(
+            self,
+            program,
+            context,
+            stops,
+            Channels,
+            lambda _index, collected: {"peak": collected.largest.amax().clamp_min(smallest)},
+        )
+        return {node: one["peak"] for node, one in zip(ordered, found, strict=True)}
 
     def _check(self, node: fx.Node, source: fx.Node) -> None:
         width = int(source.meta["val"].shape[-1])

@@ -62,7 +62,7 @@ class Awq(IntegerQuantizer):
             PassError: there is nothing to calibrate on, or activations are not finite.
         """
         with Editor(program, self.name, context.fuel) as editor:
-            return fold_chosen(editor, context, self.rows, self._scale)
+            return fold_chosen(self, editor, context, self.rows, self._scale)
 
     def collector(self) -> Channels:
         """Rows to compare on."""

@@ -55,7 +55,7 @@ class Smoothquant(Pass):
             PassError: there is nothing to calibrate on, or activations are not finite.
         """
         with Editor(program, self.name, context.fuel) as editor:
-            strengths = fold_chosen(editor, context, ROWS, self._scale)
+            strengths = fold_chosen(self, editor, context, ROWS, self._scale)
         return PassResult(program, editor.sites, notes={"strengths": strengths})
 
     def _scale(self, site: Site, weights: list[Tensor], collected: Channels) -> tuple[float, Tensor]:
