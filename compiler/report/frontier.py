@@ -32,7 +32,7 @@ def frontier_charts(report: Report) -> list[FrontierChart]:
 def chosen_text(row: PassRow) -> str:
     """What a pass that mixed widths chose."""
     bits, loss = row["notes"]["chosen"]
-    return f"{bits:.2f} bits per weight, layers' outputs off by {math.sqrt(loss):.2%}"
+    return f"{bits:.2f} bits per weight, outputs of layers off by {math.sqrt(loss):.2%}"
 
 
 def _chart(row: PassRow) -> FrontierChart:
