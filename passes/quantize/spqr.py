@@ -187,22 +187,24 @@ def ranges_without_outliers(wide: Tensor, cost: Tensor, scheme: Scheme, threshol
     codes = scheme.kind.high - scheme.kind.low
     padding = cost == 0
     low, high = wide.masked_fill(padding, torch.inf), wide.masked_fill(padding, -torch.inf)
-    # A padded place in a group of padding only would leave infinities.
-    whole = [part.masked_fill(part.isinf(), 0.0) for part in (low.amin(-1), high.amax(-1))]
-    base = (_errors(wide, *whole, codes) * cost).sum(-1)
+    base = (_errors(wide, _finite(low.amin(-1)), _finite(high.amax(-1)), codes) * cost).sum(-1)
     outlier = torch.zeros_like(wide, dtype=torch.bool)
     for index in range(wide.shape[2]):
         without = torch.ones(wide.shape[2], dtype=torch.bool)
         without[index] = False
-        rest = [
-            part.masked_fill(part.isinf(), 0.0) for part in (low[..., without].amin(-1), high[..., without].amax(-1))
-        ]
-        left = (_errors(wide[..., without], *rest, codes) * cost[:, without]).sum(-1)
+        rest = _finite(low[..., without].amin(-1)), _finite(high[..., without].amax(-1))
+        left = (_errors(wide[..., without], rest[0], rest[1], codes) * cost[:, without]).sum(-1)
         outlier[..., index] = base - left > threshold
     # Where every weight is one, the range is that of all of them.
     outlier &= ~(outlier | padding).all(-1, keepdim=True)
-    kept = (low.masked_fill(outlier, torch.inf).amin(-1), high.masked_fill(outlier, -torch.inf).amax(-1))
-    return kept[0].masked_fill(kept[0].isinf(), 0.0), kept[1].masked_fill(kept[1].isinf(), 0.0)
+    return _finite(low.masked_fill(outlier, torch.inf).amin(-1)), _finite(
+        high.masked_fill(outlier, -torch.inf).amax(-1)
+    )
+
+
+def _finite(bound: Tensor) -> Tensor:
+    """A bound of groups, with 0 for those that hold padding only."""
+    return bound.masked_fill(bound.isinf(), 0.0)
 
 
 def _errors(wide: Tensor, low: Tensor, high: Tensor, codes: int) -> Tensor:
@@ -242,7 +244,7 @@ class TwoLevels:
     def grid(self) -> Grid:
         """What the codes stand for: scales and zero points [N, G], float32."""
         scale, zero = (
-            packing.dequantize(packed, *self.statistics[first : first + 2], self.format, self.group)
+            packing.dequantize(packed, self.statistics[first], self.statistics[first + 1], self.format, self.group)
             for packed, first in ((self.scale, 0), (self.zero_point, 2))
         )
         # A scale that rounds to zero makes all weights of its group zero; dividing by it must not make NaN.
