@@ -72,7 +72,7 @@ def weight_only() -> dict[str, list[Any]]:
         found[f"gptq int3 g{group}"] = [{"gptq": {"bits": 3, "group_size": group}}]
     for bits in (2, 3, 4):
         found[f"spqr int{bits}"] = [{"spqr": {"bits": bits}}]
-    found["spqr int3, bytes of gptq int3 g32"] = [{"spqr": {"bits": 3, "threshold": 2.0}}]
+    found["spqr int3, bytes of gptq int3 g32"] = [{"spqr": {"bits": 3, "threshold": 1.0}}]
     return found | {"nf4 g64": ["nf4"], "mxfp4 g32": ["mxfp4"], "fp8 row": ["fp8"]}
 
 

@@ -11,6 +11,7 @@ first layers alone, on held-out text. AWQ folds scales, so its layers have no co
 """
 
 import argparse
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -52,20 +53,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    console, rows = Console(), []
+    with tempfile.TemporaryDirectory() as name:
+        program, batches, windows = prepare(Path(name), arguments)
+        for method, bits, group in itertools.product(arguments.methods, arguments.bits, arguments.groups):
+            first = ours(program, batches, method, bits, group)
+            second = theirs(program, name, arguments, method, bits, group)
+            found = compare(program, (first, second), batches, windows, method)
+            rows.append((f"{method} int{bits} g{group}", *found))
+            console.print(*rows[-1], sep="   ")
     table = Table(title=f"first {arguments.layers} layers of SmolLM2-135M: ours / LLM Compressor")
     for column in ("method", "layer error", "not above on", "KL, held out"):
         table.add_column(column, justify="left" if column == "method" else "right")
-    with tempfile.TemporaryDirectory() as name:
-        program, batches, windows = prepare(Path(name), arguments)
-        for method in arguments.methods:
-            for bits in arguments.bits:
-                for group in arguments.groups:
-                    both = (
-                        ours(program, batches, method, bits, group),
-                        theirs(program, name, arguments, method, bits, group),
-                    )
-                    table.add_row(f"{method} int{bits} g{group}", *compare(program, both, batches, windows, method))
-    Console().print(table)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def prepare(folder: Path, arguments: argparse.Namespace) -> tuple[Program, list[dict[str, torch.Tensor]], torch.Tensor]:
