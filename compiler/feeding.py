@@ -1,6 +1,6 @@
 """Feeding tokens to a program, whatever its contract: cache-free or with caches, all logits or chosen ones."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -65,6 +65,24 @@ def _fill(spec: InputSpec, input_ids: Tensor, mask: Tensor, steps: Tensor) -> Te
         f"Input {spec.name} is not a token input, so tokens alone do not feed this program",
         fix="Call the program with all its inputs by name",
     )
+
+
+def logits_in_chunks(program: Program, input_ids: Tensor, attention_mask: Tensor | None, ends: Sequence[int]) -> Tensor:
+    """Logits [B, S, vocabulary] of `input_ids` [B, S] fed to a program with caches in chunks, which end at `ends`."""
+    everything = token_inputs(program, input_ids, attention_mask)
+    state = {spec.name: everything[spec.name] for spec in program.contract.state}
+    parts, start = [], 0
+    for end in ends:
+        chunk = {spec.name: _chunk(spec, everything[spec.name], start, end) for spec in program.contract.inputs}
+        parts.append(program(**chunk, **state)[0])
+        start = end
+    return torch.cat(parts, dim=1)
+
+
+def _chunk(spec: InputSpec, value: Tensor, start: int, end: int) -> Tensor:
+    if spec.role == "key_position":
+        return value[:end]
+    return value[:, : end - start] if spec.role == "logit_index" else value[:, start:end]
 
 
 def logits_of(program: Program, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

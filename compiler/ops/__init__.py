@@ -12,6 +12,7 @@ from graphwright.ops.hadamard_transform import hadamard_transform
 from graphwright.ops.kv_cache_update import kv_cache_update
 from graphwright.ops.moe_routing import moe_routing
 from graphwright.ops.quantize_dequantize import quantize_dequantize
+from graphwright.ops.quantize_tokens import dequantize_tokens, quantize_tokens
 from graphwright.ops.quantized_embedding import quantized_embedding
 from graphwright.ops.quantized_experts import quantized_experts
 from graphwright.ops.quantized_linear import quantized_linear
@@ -21,6 +22,7 @@ from graphwright.ops.sparse_linear import sparse_linear
 
 __all__ = [
     "attention",
+    "dequantize_tokens",
     "experts",
     "gated_activation",
     "grouped_linear",
@@ -28,6 +30,7 @@ __all__ = [
     "kv_cache_update",
     "moe_routing",
     "quantize_dequantize",
+    "quantize_tokens",
     "quantized_embedding",
     "quantized_experts",
     "quantized_linear",

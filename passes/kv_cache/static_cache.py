@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from graphwright.contract import Dim, InputSpec, StateSpec
 from graphwright.errors import PassError
-from graphwright.feeding import token_inputs
+from graphwright.feeding import logits_in_chunks, token_inputs
 from graphwright.match import argument
 from graphwright.numerics import relative_error
 from graphwright.ops import attention, kv_cache_update
@@ -88,23 +88,9 @@ class StaticCache(Pass):
         lengths = torch.tensor([length, max(1, length - 3)])
         mask = (torch.arange(length)[None] < lengths[:, None]).long()
         expected = before(**token_inputs(before, ids, mask))[0]
-        actual = _in_chunks(after, ids, mask, (length // 2, length - 2, length - 1, length))
+        ends = sorted({length // 2, length - 2, length - 1, length} - {0, -1})
+        actual = logits_in_chunks(after, ids, mask, ends)
         return relative_error(actual[mask.bool()], expected[mask.bool()])
-
-
-def _in_chunks(program: Program, ids: Tensor, mask: Tensor, ends: tuple[int, ...]) -> Tensor:
-    everything = token_inputs(program, ids, mask)
-    state = {spec.name: everything[spec.name] for spec in program.contract.state}
-    parts, start = [], 0
-    for end in sorted(set(ends) - {0}):
-        chunk = {
-            "input_ids": ids[:, start:end],
-            "positions": everything["positions"][:, start:end],
-            "key_positions": torch.arange(end),
-        }
-        parts.append(program(**chunk, **state)[0])
-        start = end
-    return torch.cat(parts, dim=1)
 
 
 class _Insertion:
