@@ -19,7 +19,6 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from graphwright import accuracy
-from graphwright.contract import resolve
 from graphwright.engine.tokenizer import Tokenizer
 from graphwright.errors import GraphwrightError, PassError
 from graphwright.feeding import batch_inputs
@@ -195,7 +194,7 @@ class _Run:
         if tokens is not None:
             shape = self.inputs[batch][tokens.name].shape
             sizes |= {"batch": shape[0], "capacity": shape[1] + 1}
-        return torch.zeros(resolve(spec.shape, sizes), dtype=spec.dtype)
+        return contract.with_(state=(spec,)).allocate(sizes)[name]
 
     def _rows(self, value: Tensor, batch: int, stop: Stop) -> Tensor:
         mask = self.masks[batch]

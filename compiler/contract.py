@@ -33,11 +33,16 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Dim:
-    """A symbolic dimension and the sizes it may take, both ends included."""
+    """A symbolic dimension and the sizes it may take, both ends included.
+
+    A dimension `of` another one has a place for every `per` of that one's: its size is their quotient, rounded up.
+    """
 
     name: str
     min: int = 1
     max: int = 1 << 20
+    of: str = ""
+    per: int = 1
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ class Contract:
         """A size for every dimension: as wanted, else small and odd, clamped to its range."""
         defaults = {"batch": 2, "sequence": 7, "keys": 11, "capacity": 16, "logits": 2}
         asked = {**defaults, **(wanted or {})}
-        return {dim.name: max(dim.min, min(asked.get(dim.name, 5), dim.max)) for dim in self.dims}
+        return self._derived({d.name: max(d.min, min(asked.get(d.name, 5), d.max)) for d in self.dims})
 
     def draw(self, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
         """Random inputs of the given sizes, the same for the same seed.
@@ -107,8 +112,12 @@ class Contract:
 
     def allocate(self, sizes: Mapping[str, int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Zeroed state tensors of the given sizes."""
-        concrete = {dim.name: sizes.get(dim.name, dim.min) for dim in self.dims}
+        concrete = self._derived({dim.name: sizes.get(dim.name, dim.min) for dim in self.dims})
         return {s.name: torch.zeros(resolve(s.shape, concrete), dtype=s.dtype, device=device) for s in self.state}
+
+    def _derived(self, sizes: dict[str, int]) -> dict[str, int]:
+        """The same sizes, with those of dimensions of others computed."""
+        return {**sizes, **{dim.name: -(-sizes[dim.of] // dim.per) for dim in self.dims if dim.of}}
 
     def check(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
         """Checks names, dtypes and shapes of `tensors`; returns the size of every dimension.

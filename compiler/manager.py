@@ -310,7 +310,8 @@ class PassManager:
         """Drawn tokens [1, length]."""
         token = program.contract.input("token")
         high = max(token.high, 2) if token else 2
-        return torch.randint(0, high, (1, length), generator=self.context.generator())
+        shape = (1, min(length, program.contract.dim("sequence").max))
+        return torch.randint(0, high, shape, generator=self.context.generator())
 
     def _dump(self, program: Program, number: int, name: str) -> None:
         if self.dump is not None:

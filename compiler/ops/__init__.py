@@ -9,7 +9,9 @@ from graphwright.ops.experts import experts
 from graphwright.ops.gated_activation import gated_activation
 from graphwright.ops.grouped_linear import grouped_linear
 from graphwright.ops.hadamard_transform import hadamard_transform
+from graphwright.ops.kivi_cache import kivi_read, kivi_update
 from graphwright.ops.kv_cache_update import kv_cache_update
+from graphwright.ops.kvquant_cache import kvquant_decode, kvquant_encode
 from graphwright.ops.moe_routing import moe_routing
 from graphwright.ops.quantize_dequantize import quantize_dequantize
 from graphwright.ops.quantize_tokens import dequantize_tokens, quantize_tokens
@@ -27,7 +29,11 @@ __all__ = [
     "gated_activation",
     "grouped_linear",
     "hadamard_transform",
+    "kivi_read",
+    "kivi_update",
     "kv_cache_update",
+    "kvquant_decode",
+    "kvquant_encode",
     "moe_routing",
     "quantize_dequantize",
     "quantize_tokens",

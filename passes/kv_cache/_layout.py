@@ -115,3 +115,8 @@ def find_layers(program: Program, what: str) -> list[Layer]:
             fix="Rings of sliding windows are small already; leave this pass out",
         )
     return layers
+
+
+def entry_bytes(spec: StateSpec) -> int:
+    """Bytes of one token in a cache [B, Hkv, slots, D]."""
+    return int(spec.shape[1]) * int(spec.shape[3]) * spec.dtype.itemsize

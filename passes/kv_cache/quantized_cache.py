@@ -25,7 +25,7 @@ from graphwright.contract import StateSpec
 from graphwright.errors import PassError
 from graphwright.ops import dequantize_tokens, kv_cache_update, quantize_tokens
 from graphwright.pass_ import Context, Paper, PassResult
-from graphwright.passes.kv_cache._layout import Cache, CacheLayout, find_caches
+from graphwright.passes.kv_cache._layout import Cache, CacheLayout, entry_bytes, find_caches
 from graphwright.program import Program
 from graphwright.rewrite import Editor, describe, extend_contract
 
@@ -63,14 +63,14 @@ class QuantizedCache(CacheLayout):
                     where=describe(cache.write),
                     fix="Use format int8",
                 )
-        before = sum(_bytes(cache.spec) for cache in found)
+        before = sum(entry_bytes(cache.spec) for cache in found)
         specs = tuple(spec for cache in found for spec in self._specs(cache))
         inputs = extend_contract(program, state=specs)
         with Editor(program, self.name) as editor:
             for cache, (codes, scale) in zip(found, zip(specs[::2], specs[1::2], strict=True), strict=True):
                 self._rewrite(editor, cache, inputs[codes.name], inputs[scale.name])
         extend_contract(program, drop=tuple(cache.spec.name for cache in found))
-        after = sum(map(_bytes, specs))
+        after = sum(map(entry_bytes, specs))
         return PassResult(program, editor.sites, notes={"cache_bytes_per_token": [before, after]})
 
     def _specs(self, cache: Cache) -> tuple[StateSpec, StateSpec]:
@@ -94,8 +94,3 @@ class QuantizedCache(CacheLayout):
         editor.program.graph.erase_node(cache.write)
         editor.replace(cache.read, value, self.format)
         editor.program.graph.erase_node(cache.read)
-
-
-def _bytes(spec: StateSpec) -> int:
-    """Bytes of one entry of a cache."""
-    return int(spec.shape[1]) * int(spec.shape[3]) * spec.dtype.itemsize
