@@ -21,7 +21,7 @@ from torch.nn import functional
 from graphwright import accuracy
 from graphwright.engine.tokenizer import Tokenizer
 from graphwright.errors import GraphwrightError, PassError
-from graphwright.feeding import batch_inputs
+from graphwright.feeding import batch_inputs, pool_sizes
 from graphwright.pass_ import Context
 from graphwright.program import Program
 
@@ -193,7 +193,7 @@ class _Run:
         tokens = contract.input("token")
         if tokens is not None:
             shape = self.inputs[batch][tokens.name].shape
-            sizes |= {"batch": shape[0], "capacity": shape[1] + 1}
+            sizes |= {"batch": shape[0], "capacity": shape[1] + 1, **pool_sizes(contract, *shape)}
         return contract.with_(state=(spec,)).allocate(sizes)[name]
 
     def _rows(self, value: Tensor, batch: int, stop: Stop) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from graphwright.errors import GraphwrightError
 
-Role = Literal["token", "attention_mask", "position", "key_position", "logit_index", "tensor"]
+Role = Literal["token", "attention_mask", "position", "key_position", "logit_index", "block_table", "tensor"]
 Shape = tuple[int | str, ...]
 
 DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
@@ -51,7 +51,9 @@ class InputSpec:
 
     `role` says what the values mean: `token` ids below `high`; an `attention_mask` of ones and zeros; a
     `position` of each new token in its own sequence, -1 for padding; a `key_position`, the slots of the cache in
-    use; a `logit_index`, the places in the sequence whose logits are wanted; or any other `tensor`.
+    use; a `logit_index`, the places in the sequence whose logits are wanted; a `block_table` of the blocks, with
+    `high` slots each, in which the slots of every row lie; or any other `tensor`. Positions are below `high` if it
+    is not 0.
     """
 
     name: str
@@ -97,7 +99,7 @@ class Contract:
 
     def sizes(self, wanted: Mapping[str, int] | None = None) -> dict[str, int]:
         """A size for every dimension: as wanted, else small and odd, clamped to its range."""
-        defaults = {"batch": 2, "sequence": 7, "keys": 11, "capacity": 16, "logits": 2}
+        defaults = {"batch": 2, "sequence": 7, "keys": 11, "capacity": 16, "logits": 2, "table": 11, "blocks": 23}
         asked = {**defaults, **(wanted or {})}
         return self._derived({d.name: max(d.min, min(asked.get(d.name, 5), d.max)) for d in self.dims})
 
@@ -197,6 +199,8 @@ def _draw(spec: InputSpec, shape: tuple[int, ...], generator: torch.Generator) -
         return torch.arange(shape[-1]).to(spec.dtype)
     if spec.role == "logit_index":
         return torch.arange(shape[-1]).expand(shape).to(spec.dtype).contiguous()
+    if spec.role == "block_table":
+        return torch.arange(shape[0] * shape[1]).reshape(shape).to(spec.dtype)
     if spec.dtype == torch.bool:
         return torch.rand(shape, generator=generator) < 0.5
     if not spec.dtype.is_floating_point:

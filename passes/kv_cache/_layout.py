@@ -11,7 +11,7 @@ from graphwright.errors import PassError
 from graphwright.ops import attention, kv_cache_update
 from graphwright.pass_ import Pass
 from graphwright.program import Program
-from graphwright.rewrite import describe
+from graphwright.rewrite import describe, extend_contract
 
 aten = torch.ops.aten
 
@@ -120,3 +120,15 @@ def find_layers(program: Program, what: str) -> list[Layer]:
 def entry_bytes(spec: StateSpec) -> int:
     """Bytes of one token in a cache [B, Hkv, slots, D]."""
     return int(spec.shape[1]) * int(spec.shape[3]) * spec.dtype.itemsize
+
+
+def drop_unused(program: Program) -> None:
+    """Drops the slots in use from the contract where no cache is left whose slots grow."""
+    contract = program.contract
+    place = next(node for node in program.graph.nodes if node.target == "key_positions")
+    if not place.users:
+        extend_contract(program, drop=("key_positions",))
+        used = {size for spec in (*program.contract.inputs, *program.contract.state) for size in spec.shape}
+        program.contract = program.contract.with_(
+            dims=tuple(dim for dim in contract.dims if dim.name in used or dim.name not in ("keys", "capacity"))
+        )
