@@ -98,7 +98,7 @@ def test_texts_and_prompts_longer_than_the_context_and_flat_state():
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("bloom", "not rotated by rope"), ("gpt2", "not rotated by rope"), ("deepseek_v3", "not rotated by rope")],
+    [("bloom", "not rotated by rope"), ("gpt2", "not rotated by rope")],
 )
 def test_models_without_positions_to_give_anew_are_refused(name, message):
     with pytest.raises(PassError, match=message):
