@@ -74,7 +74,7 @@ def test_text_that_is_too_short_is_refused(tmp_path):
 def test_a_text_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\xff")
     for name in ("missing", "binary"):
-        with pytest.raises(GraphwrightError, match=f"Calibration text .*{name} cannot be read"):
+        with pytest.raises(GraphwrightError, match=f"The text file .*{name} cannot be read"):
             calibration.read_text(tmp_path / name)
 
 
