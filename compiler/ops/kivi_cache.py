@@ -59,7 +59,7 @@ def kivi_read(
         steps, lowest = (part[:, :, :keys].float().repeat_interleave(group_size, -1) for part in (scale, zero))
     dense = (levels * steps + lowest).to(new.dtype)
     recent = residual[:, :, slots[0] % window]
-    fresh = _taken(new, first + slots - before)
+    fresh = _taken(new, first + slots - before).transpose(1, 2)
     rounded = (slots < _boundary(before, window, per_channel))[:, None, :, None]
     return torch.where(rounded, dense, torch.where((slots < before)[:, None, :, None], recent, fresh))
 
@@ -80,21 +80,31 @@ def kivi_update(
     window = residual.shape[2] - 1
     before, after, first = _span(positions)
     start, end = (_boundary(n, window, per_channel) for n in (before, after))
-    length = new.shape[2]
-    count = (length + group_size - 1) // group_size * group_size + window if per_channel else length
-    places = start + torch.arange(count, device=new.device)[None]
-    old = _taken(residual, places % window)
-    leaving = torch.where((places < before)[:, None, :, None], old, _taken(new, first + places - before)).float()
-    made, steps, lowest = _rounded(leaving, bits, group_size, per_channel)
-    slots = torch.where(places < end, places, codes.shape[2] - 1)
-    _put(codes, made, slots)
     if per_channel:
-        groups = places[:, ::group_size] // group_size
-        slots = torch.where(places[:, ::group_size] + group_size <= end, groups, scale.shape[2] - 1)
+        # Whole groups, as many as may be full after this call.
+        count = (new.shape[2] + group_size - 1) // group_size + window // group_size
+        inside = torch.arange(group_size, device=new.device)[None, None]
+        places = start[..., None] + torch.arange(count, device=new.device)[None, :, None] * group_size + inside
+    else:
+        places = start + torch.arange(new.shape[2], device=new.device)[None]
+    ends, held, begin = (n.reshape(n.shape[0], *[1] * (places.dim() - 1)) for n in (end, before, first))
+    old = _taken(residual, places % window)
+    leaving = torch.where((places < held)[..., None, None], old, _taken(new, begin + places - held)).float()
+    if per_channel:
+        levels, steps, lowest = _rounded(leaving, bits, 2)
+    else:
+        levels, steps, lowest = _rounded(leaving.unflatten(-1, (-1, group_size)), bits, 4)
+        levels = levels.flatten(-2)
+    made = packing.pack(levels, f"int{bits}", new.shape[3])
+    _put(codes, made, torch.where(places < ends, places, codes.shape[2] - 1))
+    slots = torch.where(places < ends, places, scale.shape[2] - 1)
+    if per_channel:
+        full = places[:, :, 0] + group_size <= end
+        slots = torch.where(full, places[:, :, 0] // group_size, scale.shape[2] - 1)
     _put(scale, steps, slots)
     _put(zero, lowest, slots)
     kept = (positions >= 0) & (positions >= after - window)
-    _put(residual, new, torch.where(kept, positions % window, window))
+    _put(residual, new.transpose(1, 2), torch.where(kept, positions % window, window))
 
 
 def _span(positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,27 +121,25 @@ def _boundary(tokens: Tensor, window: int, per_channel: bool) -> Tensor:
 
 
 def _taken(source: Tensor, places: Tensor) -> Tensor:
-    """Rows `places` [B, N] of a tensor [B, Hkv, L, D]."""
-    safe = places.clamp(0, source.shape[2] - 1)[:, None, :, None]
-    return source.gather(2, safe.expand(-1, source.shape[1], -1, source.shape[3]))
+    """Tokens at `places` [B, …] of a tensor [B, Hkv, L, D], as [B, …, Hkv, D]; places beyond it are clamped."""
+    rows = torch.arange(source.shape[0], device=source.device).reshape(-1, *[1] * (places.dim() - 1))
+    return source.transpose(1, 2)[rows, places.clamp(0, source.shape[2] - 1)]
 
 
 def _put(cache: Tensor, new: Tensor, slots: Tensor) -> None:
-    index = slots[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
-    cache.scatter_(2, index, new.to(cache.dtype))
+    """Writes [B, …, Hkv, D] to `slots` [B, …] of a tensor [B, Hkv, L, D]."""
+    rows = torch.arange(cache.shape[0], device=cache.device).reshape(-1, *[1] * (slots.dim() - 1))
+    cache.transpose(1, 2).index_put_((rows, slots), new.to(cache.dtype))
 
 
-def _rounded(x: Tensor, bits: int, group_size: int, per_channel: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed codes of float32 [B, Hkv, N, D], scales and zeros of its groups."""
-    dim = 3 if per_channel else 4
-    grouped = x.unflatten(dim - 1, (-1, group_size))
-    low, high = grouped.amin(dim, keepdim=True), grouped.amax(dim, keepdim=True)
+def _rounded(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels of float32 groups whose members lie along `dim`, and float16 scales and zeros without that dimension."""
+    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     zero = low.half()
     # Codes are made with what is stored; a constant group gets any step.
     step = ((high - low) / (2**bits - 1)).half().clamp_min(torch.finfo(torch.float16).tiny)
-    levels = ((grouped - zero.float()) / step.float()).round().clamp(0, 2**bits - 1)
-    codes = packing.pack(levels.flatten(dim - 1, dim), f"int{bits}", x.shape[3])
-    return codes, step.squeeze(dim), zero.squeeze(dim)
+    levels = ((x - zero.float()) / step.float()).round().clamp(0, 2**bits - 1)
+    return levels, step.squeeze(dim), zero.squeeze(dim)
 
 
 @kivi_update.fake

@@ -35,8 +35,9 @@ def paged_update(pool: Tensor, new: Tensor, slots: Tensor, table: Tensor) -> Non
 def paged_read(pool: Tensor, table: Tensor, keys: int) -> Tensor:
     """The first `keys` slots of every row, [B, Hkv, keys, D]; blocks that are not in use hold anything."""
     size = pool.shape[2]
-    blocks = table[:, : (keys + size - 1) // size].clamp(min=0)
-    return pool[blocks].transpose(1, 2).flatten(2, 3)[:, :, :keys].clone()
+    slots, heads = torch.arange(keys, device=pool.device), torch.arange(pool.shape[1], device=pool.device)
+    blocks = table[:, slots // size].clamp(min=0)
+    return pool[blocks[:, :, None], heads, (slots % size)[:, None]].transpose(1, 2).contiguous()
 
 
 @paged_update.fake
