@@ -286,7 +286,7 @@ class PassManager:
             batches = [{"input_ids": self._tokens(before, one.streamed)}]
         for batch in batches or [drawn(before, VERIFY_SIZES[0], self.context.seed)]:
             if one.streamed:
-                expected, actual = ((_streamed(program, batch),) for program in (before, after))
+                expected, actual = (_streamed(program, batch) for program in (before, after))
             else:
                 expected = known or before(**batch_inputs(before, batch))
                 actual = after(**batch_inputs(after, batch))
@@ -319,10 +319,10 @@ class PassManager:
             (self.dump / f"{number:03d}_{name}.txt").write_text(program.text())
 
 
-def _streamed(program: Program, batch: Mapping[str, Tensor]) -> Tensor:
+def _streamed(program: Program, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     ids = batch["input_ids"]
     ends = [*range(STREAMED_CHUNK, ids.shape[1], STREAMED_CHUNK), ids.shape[1]]
-    return logits_in_chunks(program, ids, batch.get("attention_mask"), ends)
+    return (logits_in_chunks(program, ids, batch.get("attention_mask"), ends),)
 
 
 def drawn(program: Program, sizes: Mapping[str, int], seed: int) -> dict[str, Tensor]:

@@ -497,7 +497,10 @@ def _update(t: Translator, node: fx.Node) -> None:
         t.update(
             lambda s: rope_kernels.update_codes(
                 rotation,
-                *(s.layout(v.layout) for v in (source, codes, scale, slots)),
+                s.layout(source.layout),
+                s.layout(codes.layout),
+                s.layout(scale.layout),
+                s.layout(slots.layout),
                 s.layout(positions) if positions else None,
             ),
             [source.variable, slots.variable, *table, codes.variable, scale.variable],

@@ -1,7 +1,7 @@
 """What the layouts share that replace the contiguous caches of `static_cache`: where caches are written and read."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -41,17 +41,17 @@ class Cache:
     @property
     def new(self) -> fx.Node:
         """What is written, [B, Hkv, S, D]."""
-        return self.write.args[1]
+        return _argument(self.write, 1)
 
     @property
     def slots(self) -> fx.Node:
         """Where it is written, [B, S]."""
-        return self.write.args[2]
+        return _argument(self.write, 2)
 
     @property
     def end(self) -> fx.Node | int:
         """How many slots are read."""
-        return self.read.args[3]
+        return _argument(self.read, 3)
 
     @property
     def grows(self) -> bool:
@@ -67,6 +67,10 @@ class Cache:
     def kv_heads(self) -> int:
         """Heads of one entry."""
         return int(self.spec.shape[1])
+
+
+def _argument(node: fx.Node, place: int) -> Any:
+    return node.args[place]
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def find_layers(program: Program, what: str) -> list[Layer]:
         PassError: there is none; `what` names the layout that was asked for.
     """
     reads = {cache.read: cache for cache in find_caches(program)}
-    layers = []
+    layers: list[Layer] = []
     for node in program.calls(attention.target):
         key, value = reads.get(node.args[1]), reads.get(node.args[2])
         if key is not None and value is not None and key.grows and value.grows:

@@ -15,7 +15,7 @@ Keys that are not rotated as a whole (DeepSeek's) are quantized as they are. Deq
 
 import math
 import operator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -153,7 +153,7 @@ class KvquantCache(CacheLayout):
 
 def _before_rope(cache: Cache) -> fx.Node:
     """What a cache would hold before its rotation."""
-    new = cache.new
+    new: Any = cache.new
     turned = new.target is rope.target and len(new.users) == 1 and argument(new, "x") is new.args[0]
     return new.args[0] if turned else new
 

@@ -15,6 +15,7 @@ of W are products of their own now, which weight quantization leaves as they are
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -70,7 +71,7 @@ class _Latent:
 
 def _match(node: fx.Node) -> _Latent | str:
     """The parts of an attention over a latent, or why it is none."""
-    query, key, value = node.args[:3]
+    query, key, value = _arguments(node)[:3]
     if any(part.target is not aten.cat.default or len(part.args[0]) != 2 for part in (query, key)):
         return "queries and keys are not two parts each"
     heads = int(query.meta["val"].shape[1])
@@ -96,11 +97,15 @@ def _match(node: fx.Node) -> _Latent | str:
     return _Latent(query_nope, query_rope, latent, expanded.args[0], weight, nope_dim, value_dim, heads)
 
 
+def _arguments(node: fx.Node) -> tuple[Any, ...]:
+    return node.args
+
+
 def _product(heads: fx.Node) -> tuple[fx.Node, fx.Node] | str:
     """Latent and weight of [B, H, S, n + v] = transpose(reshape(linear(latent, weight)))."""
     if heads.target is not aten.transpose.int or set(heads.args[1:]) != {1, 2}:
         return "heads are not the third dimension of a product"
-    product = heads.args[0].args[0] if heads.args[0].target is aten.reshape.default else None
+    product: Any = heads.args[0].args[0] if heads.args[0].target is aten.reshape.default else None
     if product is None or product.target is not aten.linear.default:
         return "keys and values are no product in floating point"
     if len(product.args) > 2 and product.args[2] is not None:

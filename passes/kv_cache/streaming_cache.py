@@ -83,8 +83,8 @@ class StreamingCache(CacheLayout):
         extras = (argument(node, "sinks"), argument(node, "scale"), self.sinks, self.window)
         tensors = (query, *caches, *new, layer.key.slots, inv_freq)
         made = editor.call(streaming_attention, *tensors, *extras, *rotation, argument(node, "softcap"), before=node)
-        for cache, fresh in zip(caches, new, strict=True):
-            editor.call(kv_cache_update, cache, fresh, slots, before=node)
+        for ring, fresh in zip(caches, new, strict=True):
+            editor.call(kv_cache_update, ring, fresh, slots, before=node)
         for cache in (layer.key, layer.value):
             editor.program.graph.erase_node(cache.write)
         editor.replace(node, made, f"{self.sinks} sinks, {self.window} last tokens")
