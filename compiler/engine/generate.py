@@ -234,7 +234,7 @@ def _require_caches(contract: Contract, metadata: Metadata) -> None:
 
 
 def _require_whole_caches(contract: Contract, whose: str) -> None:
-    rings = [spec.name for spec in contract.state if not {"capacity", "blocks", "key_groups"}.intersection(spec.shape)]
+    rings = [spec.name for spec in contract.state if not {"capacity", "blocks"}.intersection(spec.shape)]
     if rings:
         raise GenerationError(
             f"{whose} keeps {rings[0]} as a ring of the last tokens, and guesses that fall would have pushed out some "

@@ -57,7 +57,7 @@ def _cost(pool: TensorInfo, new: TensorInfo, slots: TensorInfo, table: TensorInf
 
 @paged_read.cost
 def _read_cost(pool: TensorInfo, table: TensorInfo, keys: object) -> Cost:
-    return Cost(bytes=2 * table.shape[0] * keys * pool.shape[1] * pool.shape[3] * pool.dtype.itemsize)  # type: ignore[operator]
+    return Cost(bytes=2 * table.numel * pool.shape[1] * pool.shape[2] * pool.shape[3] * pool.dtype.itemsize)
 
 
 @paged_update.samples

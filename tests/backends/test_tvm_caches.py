@@ -4,6 +4,7 @@ import pytest
 import torch
 from families.cache import captured
 
+import graphwright
 from graphwright.backend import choose, coverage
 from graphwright.backends.inductor import BACKEND as INDUCTOR
 from graphwright.backends.tvm import BACKEND
@@ -60,3 +61,16 @@ def test_other_formats_have_no_kernel_and_the_report_says_so():
     backend, passed_over = choose(program, CPU, [BACKEND, INDUCTOR])
     assert backend is INDUCTOR
     assert "caches in int4 have no kernel" in passed_over["tvm"]
+
+
+def test_an_artifact_with_int8_caches_generates_after_loading(tmp_path):
+    program = captured("llama")[1]
+    recipe = {"passes": ["static_cache", "quantized_cache", "select_logits"]}
+    compiled = graphwright.compile(program, recipe, verify=False)
+    assert compiled.backend == "tvm"
+    expected = compiled.generate([[5, 6, 7], [8]], max_new_tokens=6, eos_token_ids=()).tokens
+    compiled.save(tmp_path / "tiny")
+    loaded = graphwright.load(tmp_path / "tiny")
+    assert loaded.generate([[5, 6, 7], [8]], max_new_tokens=6, eos_token_ids=()).tokens == expected
+    held = loaded.program.contract.allocate({"batch": 1, "capacity": 8})
+    assert {tensor.dtype for tensor in held.values()} == {torch.int8, torch.float32}
