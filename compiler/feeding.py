@@ -55,7 +55,9 @@ def _fill(spec: InputSpec, input_ids: Tensor, mask: Tensor, steps: Tensor) -> Te
         return input_ids
     if spec.role == "attention_mask":
         return mask
-    if spec.role == "position":
+    if spec.role == "tree_mask":
+        return torch.zeros(len(steps), len(steps))
+    if spec.role in ("position", "slot"):
         return torch.where(mask.bool(), steps, -1)
     if spec.role == "key_position":
         return steps
@@ -98,6 +100,8 @@ def _chunk(spec: InputSpec, value: Tensor, start: int, end: int) -> Tensor:
         return value[:end]
     if spec.role == "block_table":
         return value
+    if spec.role == "tree_mask":
+        return value[start:end, :end]
     return value[:, : end - start] if spec.role == "logit_index" else value[:, start:end]
 
 

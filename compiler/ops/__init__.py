@@ -7,7 +7,10 @@ the values, N output features, K input features, G groups along K.
 from graphwright.ops.attention import attention
 from graphwright.ops.attention_with_mass import attention_with_mass
 from graphwright.ops.evicting_cache import evicting_update
+from graphwright.ops.expert_capacity import expert_capacity
+from graphwright.ops.expert_choice import expert_choice
 from graphwright.ops.experts import experts
+from graphwright.ops.fetch_experts import fetch_experts
 from graphwright.ops.gated_activation import gated_activation
 from graphwright.ops.grouped_linear import grouped_linear
 from graphwright.ops.hadamard_transform import hadamard_transform
@@ -24,6 +27,7 @@ from graphwright.ops.quantized_linear import quantized_linear
 from graphwright.ops.rms_norm import rms_norm
 from graphwright.ops.rope import rope
 from graphwright.ops.sparse_linear import sparse_linear
+from graphwright.ops.spqr_linear import spqr_linear
 from graphwright.ops.streaming_cache import streaming_attention, streaming_slots
 
 __all__ = [
@@ -31,7 +35,10 @@ __all__ = [
     "attention_with_mass",
     "dequantize_tokens",
     "evicting_update",
+    "expert_capacity",
+    "expert_choice",
     "experts",
+    "fetch_experts",
     "gated_activation",
     "grouped_linear",
     "hadamard_transform",
@@ -51,6 +58,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "sparse_linear",
+    "spqr_linear",
     "streaming_attention",
     "streaming_slots",
 ]
