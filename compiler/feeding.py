@@ -100,6 +100,8 @@ def _chunk(spec: InputSpec, value: Tensor, start: int, end: int) -> Tensor:
         return value[:end]
     if spec.role == "block_table":
         return value
+    if spec.role == "tree_mask":
+        return value[start:end, :end]
     return value[:, : end - start] if spec.role == "logit_index" else value[:, start:end]
 
 

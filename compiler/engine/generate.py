@@ -35,7 +35,11 @@ Run = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 PROMPT_LOOKUP = "prompt-lookup"
 """The draft that guesses from the text itself."""
 
+<<<<<<< HEAD
 STEP_ROLES = frozenset({"token", "position", "key_position", "logit_index", "slot", "tree_mask", "block_table"})
+=======
+STEP_ROLES = frozenset({"token", "position", "key_position", "logit_index", "block_table", "slot", "tree_mask"})
+>>>>>>> caches
 
 
 @dataclass
@@ -279,14 +283,13 @@ class _Steps:
     Everything that a step needs is allocated once; a step changes it in place.
     """
 
-    def __init__(
-        self, run: Run, contract: Contract, prompts: list[list[int]], new_tokens: int, spare: int = 0
-    ) -> None:
+    def __init__(self, run: Run, contract: Contract, prompts: list[list[int]], new_tokens: int, spare: int = 0) -> None:
         self._run = run
         names = {spec.role: spec.name for spec in contract.inputs}
         self._token, self._position = names["token"], names["position"]
         self._keys, self._index = names.get("key_position"), names.get("logit_index")
         self._slots, self._mask = names.get("slot"), names.get("tree_mask")
+<<<<<<< HEAD
         whole = [spec for spec in contract.state if "capacity" in spec.shape]
         self._caches = [(spec.name, spec.shape.index("capacity")) for spec in whole]
         rows = contract.input("token")
@@ -294,6 +297,16 @@ class _Steps:
         self._chunk = chunk if isinstance(chunk, int) else contract.dim(chunk).max
         self.hidden = torch.zeros(0)
         """What the head read for the last token [1, d], where the program shows it."""
+=======
+        self._caches = [
+            (spec.name, spec.shape.index("capacity")) for spec in contract.state if "capacity" in spec.shape
+        ]
+        self.hidden = torch.zeros(0)
+        """What the head read for the last token [1, d], where the program shows it."""
+        rows = contract.input("token")
+        chunk = rows.shape[1] if rows else "sequence"
+        self._chunk = chunk if isinstance(chunk, int) else contract.dim(chunk).max
+>>>>>>> caches
         self._lengths = [len(prompt) for prompt in prompts]
         needed = max(self._lengths) + new_tokens + spare
         # The last slot of a cache is scratch. Caches lie where the program runs; tokens and logits travel.
@@ -318,10 +331,14 @@ class _Steps:
         starts = range(0, self._live, self._chunk)
         parts = [self._prefill_chunk(tokens, start, min(start + self._chunk, self._live), last) for start in starts]
         self._prepare_steps(last)
-        return torch.stack(parts)[last[:, 0] // self._chunk, torch.arange(len(prompts))]
+        rows = torch.arange(len(prompts))
+        logits, *others = (torch.stack(part)[last[:, 0] // self._chunk, rows] for part in zip(*parts, strict=True))
+        if others:
+            self.hidden = others[0]
+        return logits
 
-    def _prefill_chunk(self, tokens: Tensor, start: int, end: int, last: Tensor) -> Tensor:
-        """Runs over columns start … end - 1; the logits [B, V] of rows that end there, and any of the others."""
+    def _prefill_chunk(self, tokens: Tensor, start: int, end: int, last: Tensor) -> list[Tensor]:
+        """Runs over columns start … end - 1; each output [B, …] for rows that end there, and any for the others."""
         steps = self._steps[start:end]
         place = (last - start).clamp(0, end - start - 1)
         chunk = {self._token: tokens[:, start:end], self._position: torch.where(steps <= last, steps, -1)}
@@ -329,16 +346,22 @@ class _Steps:
             chunk[self._keys] = self._steps[:end]
         if self._index:
             chunk[self._index] = place
+<<<<<<< HEAD
         logits, *others = self._run({**self._tensors, **self._without_guesses(chunk)})
         rows = torch.arange(len(tokens))
         chosen = torch.zeros_like(rows) if self._index else place[:, 0]
         if others:
             self.hidden = others[0][rows, chosen]
         return logits[rows, chosen]
+=======
+        outputs = self._run({**self._tensors, **self._without_guesses(chunk)})[:2]
+        chosen = torch.zeros_like(place[:, 0]) if self._index else place[:, 0]
+        return [output[torch.arange(len(tokens)), chosen] for output in outputs]
+>>>>>>> caches
 
     def _without_guesses(self, chunk: dict[str, Tensor]) -> dict[str, Tensor]:
         """Inputs with those that a program for trees of guesses takes besides."""
-        if self._slots and self._mask:
+        if self._slots and self._mask and self._keys:
             chunk[self._slots] = chunk[self._position]
             chunk[self._mask] = torch.zeros(chunk[self._position].shape[1], len(chunk[str(self._keys)]))
         return chunk

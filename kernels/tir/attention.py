@@ -197,7 +197,10 @@ def _decode_part(b: _Buffers, row: Any, head: Any, first: Any, stride: int, coun
         with loop(a.value_dim // width) as i:
             values.put(g * a.value_dim + i * width, constant(0.0, width), width)
     query_position = let(b.query_position(row, 0))
-    with loop(count) as step, _if_seen(b, row, start := let((first + step * stride) * KEYS), query_position) as positions:
+    with (
+        loop(count) as step,
+        _if_seen(b, row, start := let((first + step * stride) * KEYS), query_position) as positions,
+    ):
         places = [let(minimum(start + i, o.key.shape[2] - 1)) for i in range(KEYS)]
         key_rows = [let(o.key.at(row, head, place)) for place in places]
         value_rows = [let(o.value.at(row, head, place)) for place in places]
@@ -511,7 +514,10 @@ def _near_range(a: Attention, smallest: Any, largest: Any, first: Any, last: Any
         near += [largest > first - reach, smallest < last + reach]
     if a.chunk:
         size = tirx.const(a.chunk, "int32")
-        near += [T.truncdiv(largest, size) >= T.truncdiv(first, size), T.truncdiv(smallest, size) <= T.truncdiv(last, size)]
+        near += [
+            T.truncdiv(largest, size) >= T.truncdiv(first, size),
+            T.truncdiv(smallest, size) <= T.truncdiv(last, size),
+        ]
     if not near:
         return None
     if a.anchors:

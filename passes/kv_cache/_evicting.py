@@ -21,9 +21,16 @@ from graphwright.errors import PassError
 from graphwright.match import argument
 from graphwright.ops import attention_with_mass, evicting_update
 from graphwright.pass_ import Context, PassResult
-from graphwright.passes.kv_cache._layout import CacheLayout, Layer, drop_unused, entry_bytes, find_layers
+from graphwright.passes.kv_cache._layout import (
+    CacheLayout,
+    Layer,
+    drop_unused,
+    entry_bytes,
+    find_layers,
+    require_causal_only,
+)
 from graphwright.program import Program
-from graphwright.rewrite import Editor, describe, extend_contract
+from graphwright.rewrite import Editor, extend_contract
 
 aten = torch.ops.aten
 
@@ -62,10 +69,7 @@ class EvictingCache(CacheLayout):
             PassError: no such cache, a budget without room, or attention whose mask is not plainly causal.
         """
         layers = find_layers(program, self.name)
-        for layer in layers:
-            for option in ("chunk", "prefix"):
-                if argument(layer.attention, option):
-                    raise PassError(f"An attention has a {option}", where=describe(layer.attention))
+        require_causal_only(program, layers)
         held = self.held(program.metadata.context_length)
         recent, free = self.protected(held), self.freed(held)
         if not 0 < recent < held - free:

@@ -8,6 +8,7 @@ from torch import fx
 
 from graphwright.contract import StateSpec
 from graphwright.errors import PassError
+from graphwright.match import argument
 from graphwright.ops import attention, kv_cache_update
 from graphwright.pass_ import Pass
 from graphwright.program import Program
@@ -136,3 +137,18 @@ def drop_unused(program: Program) -> None:
         program.contract = program.contract.with_(
             dims=tuple(dim for dim in contract.dims if dim.name in used or dim.name not in ("keys", "capacity"))
         )
+
+
+def require_causal_only(program: Program, layers: list[Layer]) -> None:
+    """Refuses attention that is limited besides being causal, which caches of a fixed size do not keep.
+
+    Raises:
+        PassError: an attention has chunks, a prefix, or a window within the model's context.
+    """
+    for layer in layers:
+        options = {name: argument(layer.attention, name) for name in ("chunk", "prefix", "window")}
+        if options["window"] >= program.metadata.context_length:
+            options["window"] = 0
+        for name, value in options.items():
+            if value:
+                raise PassError(f"An attention has a {name} of {value}", where=describe(layer.attention))

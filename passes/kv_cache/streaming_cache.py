@@ -19,7 +19,14 @@ from graphwright.errors import PassError
 from graphwright.match import argument
 from graphwright.ops import attention, kv_cache_update, rope, streaming_attention, streaming_slots
 from graphwright.pass_ import Context, Paper, PassResult
-from graphwright.passes.kv_cache._layout import CacheLayout, Layer, drop_unused, entry_bytes, find_layers
+from graphwright.passes.kv_cache._layout import (
+    CacheLayout,
+    Layer,
+    drop_unused,
+    entry_bytes,
+    find_layers,
+    require_causal_only,
+)
 from graphwright.program import Program
 from graphwright.rewrite import Editor, describe, extend_contract
 
@@ -54,6 +61,7 @@ class StreamingCache(CacheLayout):
                 fix=f"Choose a window of at most {longest - self.sinks}",
             )
         layers = find_layers(program, "StreamingLLM")
+        require_causal_only(program, layers)
         for layer in layers:
             _require_rope(layer)
         specs = {cache.spec.name: self._spec(cache.spec) for layer in layers for cache in (layer.key, layer.value)}
@@ -102,9 +110,8 @@ def _require_rope(layer: Layer) -> None:
             where=describe(node),
             fix="Use h2o_cache or scissorhands_cache, which leave positions as they are",
         )
-    for option in ("alibi_slopes", "chunk", "prefix"):
-        if argument(node, option):
-            raise PassError(f"An attention has {option}, which a streaming cache does not keep", where=describe(node))
+    if argument(node, "alibi_slopes") is not None:
+        raise PassError("An attention has alibi_slopes, which a streaming cache does not keep", where=describe(node))
 
 
 def _require_no_other_positions(program: Program) -> None:
