@@ -116,6 +116,14 @@ class WeightQuantizer(Pass):
         """A calibrated method always does."""
         return self.calibrated
 
+    @property
+    def weight_formats(self) -> tuple[str, ...]:
+        """Those of its schemes, of the head and of the embedding."""
+        schemes = [options.apply(self.scheme()) for options in (LayerOptions(), *self.layers.values())]
+        found = [scheme.format for scheme in schemes if scheme is not None]
+        found += [integer_format(bits) for bits in (self.head_bits, self.embedding_bits) if bits]
+        return tuple(dict.fromkeys(found))
+
     def choose(self, program: Program, context: Context, layers: list[Layer]) -> tuple[list[Layer], dict[str, Any]]:
         """The layers with the schemes that they shall have in the end, and notes on the choice for the report."""
         return layers, {}
@@ -296,6 +304,12 @@ class IntegerQuantizer(WeightQuantizer):
         super().model_post_init(context)
         if self.mixed_bits is not None and self.mixed_error is not None:
             raise ValueError("mixed_bits and mixed_error are two budgets: give one")
+
+    @property
+    def weight_formats(self) -> tuple[str, ...]:
+        """Those of all widths that may be mixed too."""
+        mixed = () if self.mixed_bits is None else map(integer_format, self.mixed_widths)
+        return tuple(dict.fromkeys((*super().weight_formats, *mixed)))
 
     def choose(self, program: Program, context: Context, layers: list[Layer]) -> tuple[list[Layer], dict[str, Any]]:
         """With a budget of mean bits or of error, gives each layer but the head the width that it needs most.

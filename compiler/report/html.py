@@ -84,6 +84,9 @@ def cards(report: Report) -> list[Card]:
     if estimate:
         rate = facts.per_second(facts.rate(estimate))
         found.append(Card("Estimate", f"≈ {rate}", "tokens/s", f"{estimate['phase']}, roofline"))
+    verified = (report.export or {}).get("verified")
+    if verified:
+        found.append(Card("Export, verified", facts.error(verified["relative_error"]), "error", verified["runtime"]))
     if report.accuracy and report.accuracy.get("perplexity") is not None:
         original = report.accuracy.get("reference_perplexity")
         note = f"original {facts.figure(original)}" if original is not None else ""

@@ -81,6 +81,8 @@ def _facts(report: Report) -> Table:
     for label, values in (("Speed", report.speed), ("Accuracy", report.accuracy)):
         if values:
             table.add_row(label, _measured(values))
+    if report.export:
+        table.add_row("Export", _export(report.export))
     table.add_row("Estimate", _estimate(report))
     stages = " · ".join(f"{stage} {facts.duration(seconds)}" for stage, seconds in report.seconds.items())
     table.add_row("Compile", Text(f"{stages}; peak memory {facts.scaled(report.peak_memory_bytes, 'B')}"))
@@ -92,6 +94,19 @@ def _measured(values: dict[str, Any]) -> Text:
     text = Text()
     for name, value in facts.table(values):
         text.append("; " if text else "").append(f"{name} ", style="dim").append(value)
+    return text
+
+
+def _export(export: dict[str, Any]) -> Text:
+    """What was written, and what running it has shown."""
+    sizes = export["files"].values()
+    text = Text(f"{export['format']}: {facts.counted(len(sizes), 'file')}, {facts.scaled(sum(sizes), 'B')}")
+    options = ", ".join(f"{key}={value}" for key, value in export["options"].items())
+    text.append(f" ({options})" if options else "", style="dim")
+    verified = export["verified"]
+    if verified is None:
+        return text.append("; not run, see --verify", style="dim")
+    text.append("\n").append_text(_measured({k: v for k, v in verified.items() if k != "limit"}))
     return text
 
 

@@ -5,7 +5,7 @@ and may only differ in how fast they are.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm import tirx
@@ -26,6 +26,7 @@ class Isa:
         lanes: int32 lanes of one instruction.
         dot: the instruction.
         signed: it takes both operands signed, so unsigned weights of 8 bits are read minus 128.
+        tiles: there are tile registers besides, for products of many rows.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Isa:
     lanes: int
     dot: Dot
     signed: bool = False
+    tiles: bool = False
 
 
 def _intrinsic(name: str) -> Dot:
@@ -75,8 +77,11 @@ def _generic(sums: Any, weights: Any, codes: Any, lanes: int) -> Any:
     return sums
 
 
+VNNI = Isa("avx512_vnni", frozenset({"avx512_vnni", "avx512bw"}), 16, _intrinsic("llvm.x86.avx512.vpdpbusd.512"))
+
 ISAS = (
-    Isa("avx512_vnni", frozenset({"avx512_vnni", "avx512bw"}), 16, _intrinsic("llvm.x86.avx512.vpdpbusd.512")),
+    replace(VNNI, name="amx_int8", needs=VNNI.needs | {"amx_int8"}, tiles=True),
+    VNNI,
     Isa("avx_vnni", frozenset({"avx_vnni", "avx2"}), 8, _intrinsic("llvm.x86.avx512.vpdpbusd.256")),
     Isa("avx512bw", frozenset({"avx512bw"}), 16, _by_words("llvm.x86.avx512.pmaddw.d.512")),
     Isa("avx2", frozenset({"avx2"}), 8, _by_words("llvm.x86.avx2.pmadd.wd")),

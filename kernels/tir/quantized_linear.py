@@ -2,7 +2,7 @@
 
 One row (`vector`), or the few of a batched decode step: every thread streams its share of the weight tiles once,
 unpacking in registers. Many rows (`matrix`): a thread unpacks two tiles into its cache, then multiplies them with all
-rows, four at a time.
+rows, four at a time in vector registers, or 32 at a time in tile registers.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from typing import Any
 
 from tvm import tirx
 
+from graphwright.kernels.tir import amx
 from graphwright.kernels.tir.emit import (
     Flat,
     Index,
@@ -35,6 +36,9 @@ from graphwright.kernels.tir.tiles import ROWS, STEP, unsigned_zero
 ROW_BLOCK = 4
 """Rows of activations multiplied at a time."""
 
+TILE_BLOCK = amx.BLOCK * ROWS
+"""The same in tile registers."""
+
 
 def vector(layer: Linear, isa: Isa, lead: Sequence[Index]) -> tirx.PrimFunc:
     """The kernel for one row; `lead` are the leading dimensions of the activations, all 1."""
@@ -55,7 +59,14 @@ def matrix(layer: Linear, isa: Isa, lead: Sequence[Index]) -> tirx.PrimFunc:
             with T.Then(), parallel(b.streams) as tile:
                 _stream(b, isa, tile, _clamped(0, few, rows))
             with T.Else():
-                _multiply(b, isa, rows)
+                if isa.tiles and amx.depth(b.span):
+                    with T.If(rows >= TILE_BLOCK):
+                        with T.Then():
+                            _multiply_tiles(b, isa, rows)
+                        with T.Else():
+                            _multiply(b, isa, rows)
+                else:
+                    _multiply(b, isa, rows)
     return k.function
 
 
@@ -89,6 +100,25 @@ def _multiply(b: "_Buffers", isa: Isa, rows: Any) -> None:
             totals = _row_block(b, isa, at, chosen, unpacked)
             for row, line in zip(at, totals, strict=True):
                 b.finish(row, chosen, line, isa.lanes)
+
+
+def _multiply_tiles(b: "_Buffers", isa: Isa, rows: Any) -> None:
+    """At least `TILE_BLOCK` rows times the whole weight, in tile registers; a last block overlaps the one before."""
+    columns = b.layer.columns
+    with parallel(columns * let(ceil_div(rows, ROWS_PER_TASK))) as task:
+        chosen = b.layer.tiles_of(let(task % columns))
+        unpacked = [_signed(b, isa, t) for t in chosen]
+        first = let(task // columns * ROWS_PER_TASK)
+        amx.configure(amx.depth(b.span))
+        with loop(ceil_div(minimum(rows - first, tirx.const(ROWS_PER_TASK, "int64")), TILE_BLOCK)) as block:
+            at = let(minimum(first + block * TILE_BLOCK, rows - TILE_BLOCK))
+            totals = _tile_block(b, isa, at, chosen, unpacked)
+            line = [local(ROWS, "float32") for _ in chosen]
+            for row in range(TILE_BLOCK):
+                for part, total in zip(line, totals[row // ROWS], strict=True):
+                    part.put(0, total.vec(row % ROWS * ROWS))
+                b.finish(let(at + row), chosen, line, ROWS)
+        amx.release()
 
 
 class _Buffers:
@@ -206,6 +236,67 @@ def _row_block(b: _Buffers, isa: Isa, rows: list[Any], tiles: list[Any], weights
                     value = b.scaled(sums[i][j].vec(lane, lanes), scale, row, span, lanes)
                     total.put(lane, total.vec(lane, lanes) + value, lanes)
     return totals
+
+
+def _signed(b: _Buffers, isa: Isa, tile: Any) -> Flat:
+    """The weights of a tile minus their zero points as int8 [K / 4, 16, 4]; bytes as they are stored."""
+    layer, lanes = b.layer, 4 * ROWS
+    if layer.format == "int8":
+        return b.weight.stored
+    bytes_ = local(b.tile_vectors * 2 * lanes, "int8")
+    with loop(layer.groups) as group:
+        if b.weight.zero is None:
+            zero = splat(tirx.const(unsigned_zero(layer.format), "uint8"), lanes)
+        else:
+            point = tirx.Cast(f"int32x{ROWS}", b.weight.zero.vec((tile * layer.groups + group) * ROWS))
+            zero = let(tirx.reinterpret(f"uint8x{lanes}", point * splat(tirx.const(0x01010101, "int32"))))
+        with loop(layer.vectors) as v:
+            place = let(group * layer.vectors + v)
+            stored = let(b.weight.stored.vec((tile * b.tile_vectors + place) * lanes, lanes))
+            for half, weights in enumerate(_nibbles(layer, isa, stored, ROWS)):
+                bytes_.put((place * 2 + half) * lanes, tirx.reinterpret(f"int8x{lanes}", weights - zero), lanes)
+    return bytes_
+
+
+def _tile_block(b: _Buffers, isa: Isa, row: Any, tiles: list[Any], weights: list[Flat]) -> list[list[Flat]]:
+    """Sums [16 rows][tile] of a block from `row` on, before the activations' scales."""
+    totals = [[local(ROWS * ROWS, "float32") for _ in tiles] for _ in range(amx.BLOCK)]
+    products = [[local(ROWS * ROWS, "int32") for _ in tiles] for _ in range(amx.BLOCK)]
+    for total in (total for line in totals for total in line):
+        clear(total, ROWS * ROWS, "float32", ROWS)
+    with loop(b.spans) as span:
+        _tile_products(b, row, span, tiles, weights, products)
+        for column, tile in enumerate(tiles):
+            at = let(b.group(tile, span))
+            scale = let(b.weight.scale(at, 0, ROWS))
+            for line in range(amx.BLOCK * ROWS):
+                total, place, token = totals[line // ROWS][column], line % ROWS * ROWS, row + line
+                value = products[line // ROWS][column].vec(place)
+                if b.layer.format == "int8":
+                    value = value + _start(b, isa, at, 0, b.codes.sum(token, span))
+                total.put(place, total.vec(place) + b.scaled(value, scale, token, span, ROWS))
+    return totals
+
+
+def _tile_products(
+    b: _Buffers, row: Any, span: Any, tiles: list[Any], weights: list[Flat], products: list[list[Flat]]
+) -> None:
+    """Integer products of a block's codes and weights over one span."""
+    codes, depth = b.codes.row.bytes, amx.depth(b.span)
+    whole = b.layer.format == "int8"
+    amx.clear()
+    with loop(b.span // depth) as step:
+        first = let(span * b.span + step * depth)
+        for part in range(amx.BLOCK):
+            amx.load_codes(part, b.codes.codes, (row + part * ROWS) * codes + first, codes)
+        for part in range(amx.BLOCK):
+            tile = part % len(tiles)
+            start = tiles[tile] * (b.layer.groups * b.layer.group_size) if whole else 0
+            amx.load_weights(part, weights[tile], (start + first) * ROWS)
+        amx.multiply(signed_weights=not whole)
+    for part, line in enumerate(products):
+        for column, result in enumerate(line):
+            amx.store(part, column, result)
 
 
 def _bytes(b: _Buffers, isa: Isa, weights: Flat, tile: Any, place: Any, lane: int) -> Any:

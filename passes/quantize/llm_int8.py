@@ -47,6 +47,11 @@ class LlmInt8(Pass):
         """Always."""
         return True
 
+    @property
+    def weight_formats(self) -> tuple[str, ...]:
+        """All but the outlier channels."""
+        return ("int8",)
+
     def run(self, program: Program, context: Context) -> PassResult:
         """Splits every linear layer that reads a norm's or another layer's activations.
 

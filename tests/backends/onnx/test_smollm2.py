@@ -7,12 +7,13 @@ import onnx_ir
 import pytest
 import torch
 
-from graphwright.backends.onnx.exporter import EXPORTER
+from graphwright.backends.onnx.exporter import FORMAT
 from graphwright.backends.onnx.model import MODEL, unshaped
 from graphwright.backends.onnx.runtime import Session
 from graphwright.capture import capture
 from graphwright.compiled import CompileOptions, rewrite
 from graphwright.engine.tokenizer import Tokenizer
+from graphwright.export_format import Export
 from graphwright.passes.kv_cache.explicit_cache import empty_past
 from graphwright.program import Program
 from graphwright.recipe import Recipe
@@ -26,13 +27,13 @@ COUNT = 128
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Path]:
     folder = tmp_path_factory.mktemp("smollm2")
     source = open_model(demo_model())
-    options = EXPORTER.options()
+    options = FORMAT.options()
     captured = capture(source.model, source.example_inputs)
     tokenizer = Path(source.tokenizer_directory)
     source.model = None  # so that its weights are freed
-    recipe = EXPORTER.recipe(Recipe.load("int4"), options)
+    recipe = FORMAT.recipe(Recipe.load("int4"), options)
     program = rewrite(captured, recipe, Target.parse("cpu"), CompileOptions(verify=False), consume=True)
-    EXPORTER.write(program, folder, tokenizer, options, lambda _text, _fraction: None)
+    FORMAT.write(Export(program, folder, recipe, options, None, tokenizer, lambda _text, _fraction: None))
     return program, folder
 
 
