@@ -308,7 +308,7 @@ class IntegerQuantizer(WeightQuantizer):
     @property
     def weight_formats(self) -> tuple[str, ...]:
         """Those of all widths that may be mixed too."""
-        mixed = () if self.mixed_bits is None else map(integer_format, self.mixed_widths)
+        mixed = map(integer_format, self.mixed_widths) if self._mixes else ()
         return tuple(dict.fromkeys((*super().weight_formats, *mixed)))
 
     def choose(self, program: Program, context: Context, layers: list[Layer]) -> tuple[list[Layer], dict[str, Any]]:
