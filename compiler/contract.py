@@ -20,13 +20,9 @@ from torch import Tensor
 
 from graphwright.errors import GraphwrightError
 
-<<<<<<< HEAD
-Role = Literal["token", "attention_mask", "position", "key_position", "logit_index", "slot", "tree_mask", "block_table", "tensor"]
-=======
 Role = Literal[
     "token", "attention_mask", "position", "key_position", "logit_index", "slot", "tree_mask", "block_table", "tensor"
 ]
->>>>>>> caches
 Shape = tuple[int | str, ...]
 
 DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}

@@ -103,28 +103,17 @@ class Pass(BaseModel):
         return False
 
     @property
-<<<<<<< HEAD
-    def weight_formats(self) -> tuple[str, ...]:
-        """Formats of `graphwright.packing` in which the pass, with these options, may store weights."""
-        return ()
-
-    @property
-=======
->>>>>>> caches
     def streamed(self) -> int:
         """How many drawn tokens measure the error of a pass over caches, where there is no calibration text.
 
         Text is then fed in chunks, because a single forward does not read what caches hold. 0 for one whole forward.
         """
         return 0
-<<<<<<< HEAD
-=======
 
     @property
     def weight_formats(self) -> tuple[str, ...]:
         """Formats of `graphwright.packing` in which the pass, with these options, may store weights."""
         return ()
->>>>>>> caches
 
     def leftover(self, program: Program) -> str | None:
         """What contradicts `provides` in the finished program, or None; checked by the manager."""

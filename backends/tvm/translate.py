@@ -707,17 +707,10 @@ KERNELS: Mapping[Any, Callable[[Translator, fx.Node], Any]] = {
     tiled_float_embedding.target: _float_embedding,
     tiled_experts.target: _experts,
     ops.attention.target: _attention,
-<<<<<<< HEAD
-    ops.expert_capacity.target: _capacity,
-    ops.expert_choice.target: _expert_choice,
-    ops.fetch_experts.target: _fetch,
-    ops.dequantize_tokens.target: _dequantize,
-=======
     ops.dequantize_tokens.target: _dequantize,
     ops.expert_capacity.target: _capacity,
     ops.expert_choice.target: _expert_choice,
     ops.fetch_experts.target: _fetch,
->>>>>>> caches
     ops.gated_activation.target: _gated,
     ops.kv_cache_update.target: _update,
     ops.moe_routing.target: _routing,

@@ -35,11 +35,7 @@ Run = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 PROMPT_LOOKUP = "prompt-lookup"
 """The draft that guesses from the text itself."""
 
-<<<<<<< HEAD
-STEP_ROLES = frozenset({"token", "position", "key_position", "logit_index", "slot", "tree_mask", "block_table"})
-=======
 STEP_ROLES = frozenset({"token", "position", "key_position", "logit_index", "block_table", "slot", "tree_mask"})
->>>>>>> caches
 
 
 @dataclass
@@ -289,15 +285,6 @@ class _Steps:
         self._token, self._position = names["token"], names["position"]
         self._keys, self._index = names.get("key_position"), names.get("logit_index")
         self._slots, self._mask = names.get("slot"), names.get("tree_mask")
-<<<<<<< HEAD
-        whole = [spec for spec in contract.state if "capacity" in spec.shape]
-        self._caches = [(spec.name, spec.shape.index("capacity")) for spec in whole]
-        rows = contract.input("token")
-        chunk = rows.shape[1] if rows else "sequence"
-        self._chunk = chunk if isinstance(chunk, int) else contract.dim(chunk).max
-        self.hidden = torch.zeros(0)
-        """What the head read for the last token [1, d], where the program shows it."""
-=======
         self._caches = [
             (spec.name, spec.shape.index("capacity")) for spec in contract.state if "capacity" in spec.shape
         ]
@@ -306,7 +293,6 @@ class _Steps:
         rows = contract.input("token")
         chunk = rows.shape[1] if rows else "sequence"
         self._chunk = chunk if isinstance(chunk, int) else contract.dim(chunk).max
->>>>>>> caches
         self._lengths = [len(prompt) for prompt in prompts]
         needed = max(self._lengths) + new_tokens + spare
         # The last slot of a cache is scratch. Caches lie where the program runs; tokens and logits travel.
@@ -346,18 +332,9 @@ class _Steps:
             chunk[self._keys] = self._steps[:end]
         if self._index:
             chunk[self._index] = place
-<<<<<<< HEAD
-        logits, *others = self._run({**self._tensors, **self._without_guesses(chunk)})
-        rows = torch.arange(len(tokens))
-        chosen = torch.zeros_like(rows) if self._index else place[:, 0]
-        if others:
-            self.hidden = others[0][rows, chosen]
-        return logits[rows, chosen]
-=======
         outputs = self._run({**self._tensors, **self._without_guesses(chunk)})[:2]
         chosen = torch.zeros_like(place[:, 0]) if self._index else place[:, 0]
         return [output[torch.arange(len(tokens)), chosen] for output in outputs]
->>>>>>> caches
 
     def _without_guesses(self, chunk: dict[str, Tensor]) -> dict[str, Tensor]:
         """Inputs with those that a program for trees of guesses takes besides."""

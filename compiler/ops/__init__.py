@@ -28,10 +28,6 @@ from graphwright.ops.rms_norm import rms_norm
 from graphwright.ops.rope import rope
 from graphwright.ops.sparse_linear import sparse_linear
 from graphwright.ops.spqr_linear import spqr_linear
-<<<<<<< HEAD
-
-=======
->>>>>>> caches
 from graphwright.ops.streaming_cache import streaming_attention, streaming_slots
 
 __all__ = [

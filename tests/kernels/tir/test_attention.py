@@ -93,8 +93,6 @@ def test_decode_options(window, softcap, with_sinks):
     assert relative_error(kernel_output(sample, decode=True), attention(*sample)) < TOLERANCE
 
 
-<<<<<<< HEAD
-=======
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 4, 20)])
 def test_keys_and_values_as_int8_codes(heads, kv_heads, head_dim):
     torch.manual_seed(1)
@@ -112,7 +110,6 @@ def test_keys_and_values_as_int8_codes(heads, kv_heads, head_dim):
             assert relative_error(found, expected) < TOLERANCE
 
 
->>>>>>> caches
 LIMITS = [(5, 0, 3, 0), (16, 0, 0, 8), (24, 0, 9, 8), (0, 7, 2, 0), (40, 0, 4, 0), (4, 0, 0, 4)]
 
 
@@ -149,21 +146,3 @@ def test_blocks_that_no_query_sees_are_not_read(decode):
         tensor[:, :, 32:first] = float("nan")
     found = kernel_output((query, *poisoned, *sample[3:]), decode)
     assert relative_error(found, expected) < TOLERANCE
-<<<<<<< HEAD
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 4, 20)])
-def test_keys_and_values_as_int8_codes(heads, kv_heads, head_dim):
-    torch.manual_seed(1)
-    for queries, keys in ((1, 67), (5, 33)):
-        query = torch.randn(2, heads, queries, head_dim)
-        key, value = (
-            quantize_tokens(torch.randn(2, kv_heads, keys, width), "int8") for width in (head_dim, head_dim + 4)
-        )
-        query_at = torch.arange(keys - queries, keys)[None].repeat(2, 1)
-        rest = (query_at, torch.arange(keys)[None], None, None, None, head_dim**-0.5, True)
-        expected = attention(query, *(dequantize_tokens(*held, "int8", torch.float32) for held in (key, value)), *rest)
-        codes = (query, key[0], value[0], *rest)
-        for decode in (False, True) if queries == 1 else (False,):
-            found = kernel_output(codes, decode, scales=(key[1], value[1]))
-            assert relative_error(found, expected) < TOLERANCE
-=======
->>>>>>> caches
