@@ -19,11 +19,12 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from graphwright import accuracy
+from graphwright.checkpoint import Checkpoint
 from graphwright.contract import resolve
 from graphwright.engine.tokenizer import Tokenizer
 from graphwright.errors import PassError, SourceError
 from graphwright.feeding import batch_inputs
-from graphwright.pass_ import Context
+from graphwright.pass_ import Context, Pass
 from graphwright.program import Program
 
 SAMPLES, LENGTH = 128, 512
@@ -150,6 +151,48 @@ def walk(
         run.weights.update({run.copies[node]: weight for node, weight in visit(index, collector).items()})
 
 
+def measure(
+    one: Pass,
+    program: Program,
+    context: Context,
+    stops: Sequence[Stop],
+    collect: Callable[[], Collected],
+    reduce: Callable[[int, Collected], dict[str, Tensor]],
+) -> list[dict[str, Tensor]]:
+    """What `reduce` makes of what is collected at each stop, while no weight changes.
+
+    Args:
+        one: the pass that measures.
+        program: which is left as it is.
+        context: with the calibration data, and the folder in which finished stops are kept.
+        stops: as for `walk`; their nodes' names tell them apart.
+        collect: makes the collector of one stop.
+        reduce: called with the index of each stop that was not finished before.
+
+    Raises:
+        PassError: there is nothing to calibrate on, or an activation is NaN or infinite; the layer is named.
+    """
+    batches = samples(program, context)
+    checkpoint = Checkpoint.of(one, program, batches, context)
+    found: list[dict[str, Tensor]] = []
+
+    def finished(index: int) -> bool:
+        return checkpoint is not None and checkpoint.has(f"measured {stops[index].node.name}")
+
+    def visit(index: int, collected: Collected) -> dict[fx.Node, Tensor]:
+        name = f"measured {stops[index].node.name}"
+        if checkpoint is not None and finished(index):
+            found.append(checkpoint.load(name))
+        else:
+            found.append(reduce(index, collected))
+            if checkpoint is not None:
+                checkpoint.save(name, found[-1])
+        return {}
+
+    walk(program, batches, stops, collect, visit, context.progress, finished)
+    return found
+
+
 class _Run:
     """A walk in progress: how far it came and what each batch still needs."""
 
@@ -174,15 +217,17 @@ class _Run:
             for batch, values in enumerate(self.live):
                 for node in segment:
                     if node.op == "call_function":
-                        self._execute(node, batch, values)
+                        self._execute(node, batch, values, goal)
                 if collector is not None:
                     seen = (goal, *(self.copies[node] for node in stop.beside))
                     collector.add(*(self._rows(self._value(node, batch, values), batch, stop) for node in seen))
+                if not goal.users:
+                    values.pop(goal, None)
         self.done += len(segment)
         for node in segment:
             self.weights.pop(node, None)
 
-    def _execute(self, node: fx.Node, batch: int, values: dict[fx.Node, Any]) -> None:
+    def _execute(self, node: fx.Node, batch: int, values: dict[fx.Node, Any], goal: fx.Node) -> None:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self._value(n, batch, values))
         new = self.weights.get(node)
         if isinstance(new, tuple):
@@ -193,7 +238,7 @@ class _Run:
         else:
             values[node] = node.target(*args, **kwargs)
         for source in (*node.all_input_nodes, node):
-            if self.last_use.get(source, node) is node:
+            if self.last_use.get(source, node) is node and source is not goal:
                 values.pop(source, None)
 
     def _value(self, node: fx.Node, batch: int, values: dict[fx.Node, Any]) -> Any:

@@ -23,6 +23,7 @@ from graphwright.backends.tvm.layout import (
     tiled_float_embedding,
     tiled_float_linear,
     tiled_linear,
+    tiled_sparse_linear,
 )
 from graphwright.backends.tvm.leftovers import Leftovers
 from graphwright.backends.tvm.values import (
@@ -57,10 +58,10 @@ from graphwright.kernels.tir.float_linear import matrix as float_matrix
 from graphwright.kernels.tir.float_linear import vector as float_vector
 from graphwright.kernels.tir.gated_activation import gated_activation
 from graphwright.kernels.tir.isa import Isa
-from graphwright.kernels.tir.linear import Linear
+from graphwright.kernels.tir.linear import Linear, Schedule
 from graphwright.kernels.tir.normalize import Norm, normalize
 from graphwright.kernels.tir.quantize import CodeRow, quantize
-from graphwright.kernels.tir.quantized_linear import code_row
+from graphwright.kernels.tir.quantized_linear import DEFAULT, code_row
 from graphwright.kernels.tir.quantized_linear import matrix as integer_matrix
 from graphwright.kernels.tir.quantized_linear import vector as integer_vector
 from graphwright.kernels.tir.tiles import ROWS
@@ -84,6 +85,7 @@ class Translator:
         builder: of the module with Relax functions.
         kernels: of the module with kernels, which Relax calls by name.
         fixed: sizes of symbols that are constants in this function.
+        schedules: how the kernels of integer layers go about their work.
     """
 
     def __init__(
@@ -94,8 +96,10 @@ class Translator:
         builder: relax.BlockBuilder,
         kernels: relax.BlockBuilder,
         fixed: Mapping[str, int],
+        schedules: Callable[[Linear], Schedule] = lambda _layer: DEFAULT,
     ) -> None:
         self.program, self.fusion, self.isa, self.fixed = program, fusion, isa, fixed
+        self.schedules = schedules
         self.builder, self.kernels = builder, kernels
         self.sizes = Sizes()
         self.values: dict[fx.Node, Any] = {}
@@ -280,10 +284,14 @@ class Translator:
         if integer_product(node):
             layer = replace(layer, code_group=int(node.args[0].args[3]))
             first = self._codes(node.args[0], code_row(layer))
-            build = partial(integer_vector if one else integer_matrix, layer, self.isa)
+            build = partial(integer_vector, layer, self.isa)
+            if not one:
+                build = partial(integer_matrix, layer, self.isa, schedule=self.schedules(layer))
         else:
             first = self.dense(node.args[0])
-            build = partial(float_vector if one else float_matrix, layer, self.isa.lanes)
+            build = partial(float_matrix, layer, self.isa.lanes)
+            if one:
+                build = partial(float_vector, layer, self.isa.lanes, pick=self.isa.pick_floats)
         inputs = [first, *stored]
         if bias is not None:
             inputs.append(self.view(bias, "float32").variable)
@@ -299,10 +307,11 @@ class Translator:
             _, weight, bias, outputs = node.args
             layer, stored = Linear(int(outputs), width, "float32", width), [weight]
         else:
-            _, weight, scale, zero, bias, format, group_size, outputs = node.args
-            scale_dtype = dtype_of(scale.meta["val"])
-            layer = Linear(int(outputs), width, str(format), int(group_size), zero is not None, scale_dtype)
-            stored = [part for part in (weight, scale, zero) if part is not None]
+            _, weight, scale, zero, bias, format, group_size, outputs, *places = node.args
+            scale_dtype = "" if scale is None else dtype_of(scale.meta["val"])
+            shape = (int(outputs), width, str(format) or "float32", int(group_size) or width)
+            layer = Linear(*shape, zero is not None, scale_dtype, halved=bool(places))
+            stored = [part for part in (weight, *places, scale, zero) if part is not None]
         gated = finish is not None and finish.target is ops.gated_activation.target
         layer = replace(
             layer,
@@ -516,7 +525,7 @@ def _update(t: Translator, node: fx.Node) -> None:
     t.update(build, [source.variable, slots.variable, *table, cache.variable])
 
 
-ATTENTION_OPTIONS = ("scale", "causal", "window", "chunk", "prefix", "softcap")
+ATTENTION_OPTIONS = ("scale", "causal", "window", "chunk", "prefix", "softcap", "anchors", "block")
 
 
 def _attention(t: Translator, node: fx.Node) -> View:
@@ -658,6 +667,7 @@ def _expert_weights(
 KERNELS: Mapping[Any, Callable[[Translator, fx.Node], Any]] = {
     tiled_linear.target: _linear,
     tiled_float_linear.target: _linear,
+    tiled_sparse_linear.target: _linear,
     tiled_embedding.target: _embedding,
     tiled_float_embedding.target: _float_embedding,
     tiled_experts.target: _experts,

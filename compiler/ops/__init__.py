@@ -21,6 +21,7 @@ from graphwright.ops.quantized_linear import quantized_linear
 from graphwright.ops.rms_norm import rms_norm
 from graphwright.ops.rope import rope
 from graphwright.ops.sparse_linear import sparse_linear
+from graphwright.ops.spqr_linear import spqr_linear
 
 __all__ = [
     "attention",
@@ -40,4 +41,5 @@ __all__ = [
     "rms_norm",
     "rope",
     "sparse_linear",
+    "spqr_linear",
 ]

@@ -49,6 +49,11 @@ class LlmInt8(Pass):
         """Always."""
         return True
 
+    @property
+    def weight_formats(self) -> tuple[str, ...]:
+        """All but the outlier channels."""
+        return ("int8",)
+
     def run(self, program: Program, context: Context) -> PassResult:
         """Splits every linear layer that reads a norm's or another layer's activations.
 
@@ -61,15 +66,14 @@ class LlmInt8(Pass):
                 layers.setdefault(node.args[0], []).append((node, weight))
         order = {node: place for place, node in enumerate(program.graph.nodes)}
         sources = sorted(layers, key=order.__getitem__)
-        outliers: dict[fx.Node, Tensor] = {}
-
-        def visit(index: int, collected: Channels) -> dict[fx.Node, Tensor]:
-            outliers[sources[index]] = (collected.largest >= self.threshold).nonzero().flatten()
-            return {}
-
         stops = [Stop(source, f"{self.name} {layers[source][0][1].target}") for source in sources]
-        batches = calibration.samples(program, context)
-        calibration.walk(program, batches, stops, Channels, visit, context.progress)
+        found = calibration.measure(
+            self, program, context, stops, Channels, lambda _index, collected: {"largest": collected.largest}
+        )
+        outliers = {
+            source: (one["largest"] >= self.threshold).nonzero().flatten()
+            for source, one in zip(sources, found, strict=True)
+        }
         split = _Split(Editor(program, self.name, context.fuel))
         with split.editor:
             for source in sources:
