@@ -146,6 +146,10 @@ class Spqr(WeightQuantizer):
         sweep(columns.columns, factor, aligned(self.block_size, scheme.group(width)), columns.settle)
         return columns.stored(outer)
 
+    def solve_expert(self, weight: Tensor, scheme: Scheme, statistics: Any) -> Quantized:
+        """Experts are rounded to nearest: their kernels take no outliers beside the codes."""
+        return rounding.quantize(weight, scheme)
+
     def restore(self, tensors: dict[str, Tensor], scheme: Scheme, width: int) -> SpqrWeight:
         """From a checkpoint."""
         layout = (scheme.format, scheme.group(width), integer_format(self.statistic_bits), self.statistic_group)
