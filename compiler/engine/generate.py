@@ -278,15 +278,15 @@ class _Steps:
     Everything that a step needs is allocated once; a step changes it in place.
     """
 
-    def __init__(
-        self, run: Run, contract: Contract, prompts: list[list[int]], new_tokens: int, spare: int = 0
-    ) -> None:
+    def __init__(self, run: Run, contract: Contract, prompts: list[list[int]], new_tokens: int, spare: int = 0) -> None:
         self._run = run
         names = {spec.role: spec.name for spec in contract.inputs}
         self._token, self._position, self._keys = names["token"], names["position"], names["key_position"]
         self._index = names.get("logit_index")
         self._slots, self._mask = names.get("slot"), names.get("tree_mask")
-        self._caches = [(spec.name, spec.shape.index("capacity")) for spec in contract.state if "capacity" in spec.shape]
+        self._caches = [
+            (spec.name, spec.shape.index("capacity")) for spec in contract.state if "capacity" in spec.shape
+        ]
         self.hidden = torch.zeros(0)
         """What the head read for the last token [1, d], where the program shows it."""
         self._lengths = [len(prompt) for prompt in prompts]

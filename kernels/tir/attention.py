@@ -179,7 +179,10 @@ def _decode_part(b: _Buffers, row: Any, head: Any, first: Any, stride: int, coun
         with loop(a.value_dim // width) as i:
             values.put(g * a.value_dim + i * width, constant(0.0, width), width)
     query_position = let(b.query_position(row, 0))
-    with loop(count) as step, _if_seen(b, row, start := let((first + step * stride) * KEYS), query_position) as positions:
+    with (
+        loop(count) as step,
+        _if_seen(b, row, start := let((first + step * stride) * KEYS), query_position) as positions,
+    ):
         places = [let(minimum(start + i, o.key.shape[2] - 1)) for i in range(KEYS)]
         key_rows = [let(o.key.at(row, head, place)) for place in places]
         value_rows = [let(o.value.at(row, head, place)) for place in places]
@@ -454,9 +457,9 @@ def _visible(a: Attention, query: Any, key: Any, lanes: int) -> Any:
 
 
 def _near_range(a: Attention, smallest: Any, largest: Any, first: Any, last: Any) -> Any:
-    """Whether window and chunk let a query from `first` to `last` see a key from `smallest` to `largest`: never too few.
+    """Whether window and chunk let a query from `first` to `last` see a key from `smallest` to `largest`.
 
-    Scalars; a block of the window lies within as many single positions.
+    Never too few. Scalars; a block of the window lies within as many single positions.
     """
     near: list[Any] = []
     if a.window:
@@ -464,7 +467,10 @@ def _near_range(a: Attention, smallest: Any, largest: Any, first: Any, last: Any
         near += [largest > first - reach, smallest < last + reach]
     if a.chunk:
         size = tirx.const(a.chunk, "int32")
-        near += [T.truncdiv(largest, size) >= T.truncdiv(first, size), T.truncdiv(smallest, size) <= T.truncdiv(last, size)]
+        near += [
+            T.truncdiv(largest, size) >= T.truncdiv(first, size),
+            T.truncdiv(smallest, size) <= T.truncdiv(last, size),
+        ]
     if not near:
         return None
     if a.anchors:
