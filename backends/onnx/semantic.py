@@ -266,6 +266,18 @@ def quantize_dequantize(t: Translator, node: fx.Node) -> ir.Value:
     return _cast(b, b("Reshape", rounded, shape) if group_size else rounded, narrow, FLOAT)
 
 
+def hadamard_transform(t: Translator, node: fx.Node) -> ir.Value:
+    """Blocks of channels times the Hadamard matrix, in float32 as the op says."""
+    b, block = t.builder, int(argument(node, "block_size"))
+    x, narrow = t.value(node.args[0]), onnx_dtype(node.meta["val"].dtype)
+    matrix = t.shared_value(
+        ("hadamard", block),
+        lambda: b.weight(f"hadamard_{block}", ops.hadamard_transform.reference(torch.eye(block), block)),
+    )
+    blocks = b("Reshape", _cast(b, x, FLOAT), b.ints([-1, block]))
+    return _cast(b, b("Reshape", b("MatMul", blocks, matrix), b("Shape", x)), narrow, FLOAT)
+
+
 def _cast(b: Builder, value: ir.Value, dtype: Any, known: ir.DataType | None = None) -> ir.Value:
     """`value` as `dtype`; `known` is what it is where the graph does not say."""
     if value.dtype is None and known is not None:
@@ -285,5 +297,6 @@ SEMANTIC: dict[Any, Translation | OfNode] = {
     ops.attention.target: OfNode(attention),
     ops.grouped_linear.target: OfNode(grouped_linear),
     ops.quantize_dequantize.target: OfNode(quantize_dequantize),
+    ops.hadamard_transform.target: OfNode(hadamard_transform),
 }
 """Translations of semantic ops."""

@@ -27,6 +27,7 @@ from graphwright.kernels.triton import (
     quantize,
     quantized_gemm,
     rope,
+    sparse_gemm,
 )
 from graphwright.kernels.triton.device import Device
 from graphwright.kernels.triton.launch import JustInTime, Runner
@@ -258,6 +259,12 @@ def integer_linear(
 ) -> Tensor:
     """(codes * x_scale) @ dequantize(weight).T + bias, multiplied as integers."""
     return integer_gemm.linear_reference(codes, x_scale, weight, scale, zero_point, bias, format, group_size, dtype)
+
+
+@define(sparse_gemm.linear)
+def sparse_linear(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None) -> Tensor:
+    """`graphwright.ops.sparse_linear` of layout `2:4` with floating-point values."""
+    return _own(sparse_gemm.linear_reference(x, values, places, bias), x)
 
 
 @define(grouped_gemm.grouped_linear)

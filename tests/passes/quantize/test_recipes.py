@@ -14,7 +14,10 @@ from graphwright.feeding import logits_of
 from graphwright.numerics import mean_kl
 from graphwright.recipe import Recipe, presets
 
-NEW = ("fp8", "int3-gptq", "int4-awq", "int4-gptq", "llm-int8", "nf4", "w4a8-quarot", "w8a8-smoothquant")
+NEW = (
+    "fp8", "int3-gptq", "int3-spqr", "int4-awq", "int4-gptq", "llm-int8", "nf4", "w4a4-quarot", "w4a8-quarot",
+    "w8a8-smoothquant", "w8a8-zeroquant",
+)  # fmt: skip
 
 
 @pytest.mark.slow
