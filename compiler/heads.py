@@ -136,7 +136,9 @@ def _projection(program: Program, source: fx.Node) -> Projection:
             batch = node.args[1][0]
         node = node.args[0]
     if node.meta["val"].dim() != 3 or batch is None or batch == -1:
-        raise _UnknownHeadsError(f"{node.name} does not make tokens [batch, sequence, channels] that are cut into heads")
+        raise _UnknownHeadsError(
+            f"{node.name} does not make tokens [batch, sequence, channels] that are cut into heads"
+        )
     values = Rows(program, node, PASSING).at(source)
     if values is None or not (values == values[:1, :, :1]).all():
         raise _UnknownHeadsError(f"the rows of {node.name} cannot be followed")

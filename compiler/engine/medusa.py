@@ -129,7 +129,7 @@ def train(
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             progress(f"medusa, loss {losses[-1]:.3f}", step / steps)
     finally:
         for tensor in trained:

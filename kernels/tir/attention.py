@@ -504,9 +504,9 @@ def _visible(a: Attention, query: Any, key: Any, lanes: int) -> Any:
 
 
 def _near_range(a: Attention, smallest: Any, largest: Any, first: Any, last: Any) -> Any:
-    """Whether window and chunk let a query from `first` to `last` see a key from `smallest` to `largest`: never too few.
+    """Whether window and chunk let a query from `first` to `last` see a key from `smallest` to `largest`.
 
-    Scalars; a block of the window lies within as many single positions.
+    Never too few. Scalars; a block of the window lies within as many single positions.
     """
     near: list[Any] = []
     if a.window:

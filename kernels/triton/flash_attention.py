@@ -176,8 +176,8 @@ def flash_attention(
             start, middle, query, query_at, slope, total, largest, mixed,
             key_ptr, value_ptr, key_positions_ptr, bias_ptr,
             keys, k_t, v_t, bias_s, bias_t, row, length, scale, softcap, window, chunk, prefix,
-            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, CAUSAL, WINDOWED, CHUNKED, PREFIXED, CAPPED, ANCHORS, WINDOW_BLOCK, False,
-            BLOCK_N,
+            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, CAUSAL, WINDOWED, CHUNKED, PREFIXED, CAPPED, ANCHORS, WINDOW_BLOCK,
+            False, BLOCK_N,
         )  # fmt: skip
         start = middle
     total, largest, mixed = attend(

@@ -12,7 +12,7 @@ program each layer is solved for what flows into it behind the layers that are c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -107,13 +107,11 @@ class GqaConversion(Pass):
         found, misses = attention_heads(program)
         chosen = [heads for heads in found if heads.kv_heads != self.groups]
         self._refuse(chosen, found, misses)
-        sites = []
         with Editor(program, self.name, context.fuel) as editor:
-            for heads in chosen:
-                if editor.allow(heads.node):
-                    sites.append(_Site(editor, heads, self.groups, self.refits))
+            allowed = [heads for heads in chosen if editor.allow(heads.node)]
+            sites = [_Site(editor, heads, self.groups, self.refits) for heads in allowed]
             errors = self._solve(program, context, sites)
-        kept = {heads.name: [self.groups, heads.kv_heads] for heads in chosen}
+        kept = {heads.name: [self.groups, heads.kv_heads] for heads in allowed}
         return PassResult(program, editor.sites, notes={"kv_heads": kept, "left": misses}, layer_errors=errors)
 
     def _refuse(self, chosen: Sequence[Heads], found: Sequence[Heads], misses: list[str]) -> None:
@@ -263,7 +261,9 @@ class _Site:
     def fill(self, solved: tuple[Tensor, HeadWeights]) -> None:
         """Writes the weights of the new attention in place: they are its own, and a running walk reads them."""
         order, merged = solved
-        parts = zip((self.new.query, self.new.key, self.new.value), (merged.query, merged.key, merged.value), strict=True)
+        parts = zip(
+            (self.new.query, self.new.key, self.new.value), (merged.query, merged.key, merged.value), strict=True
+        )
         for linear, rows in parts:
             whole = rows.flatten(0, 1)
             width = linear.args[0].meta["val"].shape[-1]

@@ -167,7 +167,7 @@ def turned_together(heads: Tensor, turn: Callable[[Tensor, Tensor], Tensor]) -> 
         for _ in range(ALIGNMENT_TURNS):
             turns = [turn(head, goal) for head in heads]
             moved = torch.stack([one @ head for one, head in zip(turns, heads, strict=True)])
-            goal = moved.mean(0)  # noqa: PLW2901
+            goal = moved.mean(0)
         spread_out = float((moved - goal).square().sum())
         if best is None or spread_out < best[0]:
             best = spread_out, turns
@@ -210,7 +210,10 @@ def joined(heads: HeadWeights, groups: int, basis: Basis, gram: Tensor, *, value
         keys, queries = heads.key[kv], heads.query[readers]
         if len(basis.pairs):
             merged, read = _one_subspace(
-                paired(keys, basis).movedim(1, 0)[:, :, None], paired(queries, basis).movedim(1, 0)[:, :, None], gram, gram
+                paired(keys, basis).movedim(1, 0)[:, :, None],
+                paired(queries, basis).movedim(1, 0)[:, :, None],
+                gram,
+                gram,
             )
             _store(key[group], merged[:, 0], basis), _store(query[readers], read[:, :, 0].movedim(0, 1), basis)
         if len(basis.free):

@@ -52,7 +52,9 @@ class DropLayers(Pass):
     provides = ("fewer_layers",)
 
     count: int = Field(1, gt=0, description="layers to remove")
-    ratio: float = Field(0.0, ge=0, lt=1, description="part of the layers to remove, rounded down; 0 leaves it to count")
+    ratio: float = Field(
+        0.0, ge=0, lt=1, description="part of the layers to remove, rounded down; 0 leaves it to count"
+    )
 
     @property
     def calibrates(self) -> bool:

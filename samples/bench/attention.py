@@ -71,7 +71,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = kernels(arguments) if arguments.what == "kernels" else measured(arguments)
-    table = Table(title=f"{arguments.what}: SmolLM2-135M-Instruct" if arguments.what != "kernels" else "attention alone")
+    table = Table(
+        title=f"{arguments.what}: SmolLM2-135M-Instruct" if arguments.what != "kernels" else "attention alone"
+    )
     for name in rows[0]:
         table.add_column(name, justify="left" if name == "method" else "right")
     for row in rows:
@@ -142,7 +144,7 @@ def kernels(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _attention(limits: dict[str, int], length: int) -> tuple[Any, Any]:
-    """A compiled attention, timed for so many queries at the end of a text, and the share of blocks that it computes."""
+    """A compiled attention, timed for the last queries of a text, and the share of key blocks that it computes."""
 
     class Alone(torch.nn.Module):
         def forward(self, query, key, value, query_at, key_at):
@@ -154,7 +156,9 @@ def _attention(limits: dict[str, int], length: int) -> tuple[Any, Any]:
     compiled = {}
     for queries in (length, 1):
         program, directory = _program(Alone(), queries, length), Path(tempfile.mkdtemp())
-        compiled[queries] = BACKEND.compile(BACKEND.prepare(program, CPU), CPU, directory, lambda _text, _fraction: None)
+        compiled[queries] = BACKEND.compile(
+            BACKEND.prepare(program, CPU), CPU, directory, lambda _text, _fraction: None
+        )
 
     def run(queries: int) -> float:
         at = key_at[:, length - queries :].contiguous()
@@ -168,7 +172,11 @@ def _attention(limits: dict[str, int], length: int) -> tuple[Any, Any]:
         at = key_at[:, length - queries :]
         options = {"window": 0, "chunk": 0, "prefix": 0, **limits}
         seen = visible_keys(at, key_at, causal=True, **options)[0]
-        rows = torch.nn.functional.pad(seen, (0, 0, 0, -queries % 21)).unflatten(0, (-1, 21)) if queries > 1 else seen[None]
+        rows = (
+            torch.nn.functional.pad(seen, (0, 0, 0, -queries % 21)).unflatten(0, (-1, 21))
+            if queries > 1
+            else seen[None]
+        )
         return float(rows.any(1).unflatten(1, (-1, 32 if queries > 1 else 16)).any(-1).float().mean())
 
     return run, share

@@ -61,7 +61,9 @@ def main() -> None:
         table.add_row(method, *(f"{value:.2f}" for value in values))
         if arguments.json:
             with arguments.json.open("a") as file:
-                file.write(json.dumps({"method": method, **dict(zip(map(str, arguments.lengths), values))}) + "\n")
+                file.write(
+                    json.dumps({"method": method, **dict(zip(map(str, arguments.lengths), values, strict=True))}) + "\n"
+                )
     Console().print(table)
 
 

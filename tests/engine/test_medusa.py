@@ -39,7 +39,8 @@ def scattered(heads: MedusaHeads, size: float) -> MedusaHeads:
     """Heads that guess all kinds of tokens, right and wrong ones."""
     noise = torch.Generator().manual_seed(0)
     return MedusaHeads(
-        torch.randn(heads.residual.shape, generator=noise) * size, heads.out + torch.randn(heads.out.shape, generator=noise) * size
+        torch.randn(heads.residual.shape, generator=noise) * size,
+        heads.out + torch.randn(heads.out.shape, generator=noise) * size,
     )
 
 
@@ -60,7 +61,7 @@ def test_greedy_text_is_that_of_plain_decoding(name, passes):
         for guessing, guesses in itertools.product((heads, scattered(heads, 0.3)), (1, 7, 40)):
             found = target.generate(prompt, **options, draft=guessing, draft_tokens=guesses)
             assert found.tokens == plain.tokens
-            assert found.timing.drafted_tokens >= 17 - found.timing.accepted_tokens
+            assert found.timing.drafted_tokens > found.timing.accepted_tokens
 
 
 def test_right_guesses_are_kept_and_the_caches_follow():
@@ -83,7 +84,7 @@ def test_right_guesses_are_kept_and_the_caches_follow():
     pieces: list[int] = []
     heads.taken = lambda: len(pieces)
     for piece in target.stream(prompt, **options, draft=heads, draft_tokens=12):
-        pieces.append(piece)
+        pieces.append(piece)  # noqa: PERF402 (the heads look at what has come so far)
     assert pieces == plain
     assert len(heads.asked) < 12
 
@@ -144,7 +145,13 @@ def test_who_sees_whom_and_what_holds():
     tree = Tree((5, 7, 8, 9, 7), (-1, 0, 0, 1, 2))
     assert tree.depths.tolist() == [0, 1, 1, 2, 2]
     seen = (tree.mask(2) == 0).long().tolist()
-    assert seen == [[1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 1, 0, 0], [1, 1, 1, 1, 0, 1, 0], [1, 1, 1, 0, 1, 0, 1]]
+    assert seen == [
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 1, 0, 0],
+        [1, 1, 1, 1, 0, 1, 0],
+        [1, 1, 1, 0, 1, 0, 1],
+    ]
     assert best_path(tree, [8, 0, 7, 0, 3]) == ([0, 2, 4], 3)
     assert best_path(tree, [7, 7, 0, 0, 0]) == ([0, 1], 7)
     assert best_path(tree, [1, 0, 0, 0, 0]) == ([0], 1)

@@ -207,10 +207,12 @@ def test_alignment_changes_no_score_and_no_output(seed, rotary, share, angle):
     mixed = [(x @ w.value.repeat_interleave(share, 0).mT) @ w.out for w in (weights, turned)]
     torch.testing.assert_close(mixed[1], mixed[0])
     gram = x.t() @ x
+
     def apart(w: HeadWeights) -> float:
         mean = averaged(w, 2)
         off = [(a - b.repeat_interleave(2, 0)) for a, b in ((w.key, mean.key), (w.value, mean.value))]
         return float(sum((one @ gram * one).sum() for one in off))
+
     assert apart(turned) <= apart(weights) * (1 + 1e-9)
 
 

@@ -102,7 +102,11 @@ def test_shifted_positions_are_those_in_the_window():
     ids = tokens(40)
     found = after(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
     for last in (0, 5, 9, 10, 11, 25, 39):
-        kept = ids[:, : last + 1] if last < window + sinks else torch.cat([ids[:, :sinks], ids[:, last + 1 - window : last + 1]], 1)
+        kept = (
+            ids[:, : last + 1]
+            if last < window + sinks
+            else torch.cat([ids[:, :sinks], ids[:, last + 1 - window : last + 1]], 1)
+        )
         expected = plain(input_ids=kept, attention_mask=torch.ones_like(kept))[0]
         assert relative_error(found[:, last], expected[:, -1]) < 1e-4
     _, cached = run(
@@ -111,7 +115,11 @@ def test_shifted_positions_are_those_in_the_window():
     )  # fmt: skip
     state = cached.contract.allocate({"batch": 1, "capacity": 41})
     for at in range(40):
-        step = {"input_ids": ids[:, at : at + 1], "positions": torch.tensor([[at]]), "key_positions": torch.arange(at + 1)}
+        step = {
+            "input_ids": ids[:, at : at + 1],
+            "positions": torch.tensor([[at]]),
+            "key_positions": torch.arange(at + 1),
+        }
         assert relative_error(cached(**step, **state)[0][:, 0], found[:, at]) < 1e-4
 
 
@@ -120,7 +128,11 @@ def test_true_distances_give_other_numbers():
     ids = tokens(40)
     mask = torch.ones_like(ids)
     first, second = (
-        run([{"attention_sinks": {"window": 7, "sinks": 3, "shift": shift}}], program=program, calibration=batches(1, 24))[1]
+        run(
+            [{"attention_sinks": {"window": 7, "sinks": 3, "shift": shift}}],
+            program=program,
+            calibration=batches(1, 24),
+        )[1]
         for shift in (True, False)
     )
     one, other = first(input_ids=ids, attention_mask=mask)[0], second(input_ids=ids, attention_mask=mask)[0]
