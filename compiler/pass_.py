@@ -107,6 +107,14 @@ class Pass(BaseModel):
         """Formats of `graphwright.packing` in which the pass, with these options, may store weights."""
         return ()
 
+    @property
+    def streamed(self) -> int:
+        """How many drawn tokens measure the error of a pass over caches, where there is no calibration text.
+
+        Text is then fed in chunks, because a single forward does not read what caches hold. 0 for one whole forward.
+        """
+        return 0
+
     def leftover(self, program: Program) -> str | None:
         """What contradicts `provides` in the finished program, or None; checked by the manager."""
         return None

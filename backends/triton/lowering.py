@@ -10,6 +10,7 @@ from torch import fx
 from graphwright import ops as semantic
 from graphwright.backend import Support
 from graphwright.backends.triton import ops
+from graphwright.backends.triton.experts import experts_as_products
 from graphwright.kernels.triton import flash_attention, integer_gemm, norm, quantized_gemm
 from graphwright.op import op_of
 from graphwright.ops.gated_activation import ACTIVATIONS
@@ -43,7 +44,7 @@ def lower(program: Program) -> Program:
     """A copy of `program` whose calls are ops with kernels wherever there is one."""
     lowered = program.clone()
     with Editor(lowered, "triton") as editor:
-        for step in (_integer_products, _norm_after_sum, _rope_into_cache, _each_by_itself):
+        for step in (experts_as_products, _integer_products, _norm_after_sum, _rope_into_cache, _each_by_itself):
             step(lowered, editor)
             lowered.graph.eliminate_dead_code()
     return lowered
@@ -53,6 +54,9 @@ def support(node: fx.Node) -> Support:
     """Whether a call has a kernel, and if not, why."""
     if node.target in ops.OPS:
         return Support(True)
+    if node.target == semantic.experts.target:
+        ok = _value(node).dtype in FLOATS
+        return Support(ok, "" if ok else f"no kernel computes in {_value(node).dtype}")
     if node.target == semantic.quantize_dequantize.target:
         if any(_multiplied_as_integers(node, user) for user in node.users):
             return Support(True)

@@ -220,13 +220,15 @@ def attention(
     chunk: int = 0,
     prefix: int = 0,
     softcap: float = 0.0,
+    anchors: int = 0,
+    block: int = 0,
 ) -> Tensor:
     """See `graphwright.ops.attention`; split over the keys for few queries, by blocks of queries for many."""
     out = flash_attention.empty_result(query, value.shape[3])
     if isinstance(query, torch._subclasses.FakeTensor):
         return out
     arguments = (query_positions, key_positions, bias, alibi_slopes, sinks, scale, causal, window, chunk, prefix)
-    return out.copy_(ops.attention.reference(query, key, value, *arguments, softcap))
+    return out.copy_(ops.attention.reference(query, key, value, *arguments, softcap, anchors, block))
 
 
 @define(quantized_gemm.quantized_linear)

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from graphwright.report import facts
 from graphwright.report.data import PassRow, Report
+from graphwright.report.frontier import chosen_text
 
 KIND_STYLE = {"exact": "green", "approximate": "yellow", "structural": "blue"}
 MOST_LEFTOVERS = 8
@@ -71,6 +72,9 @@ def _facts(report: Report) -> Table:
     if report.artifact_bytes:
         size += f", {facts.scaled(report.artifact_bytes, 'B')} on disk"
     table.add_row("Weights", Text(size))
+    for row in report.passes:
+        if "chosen" in row["notes"]:
+            table.add_row("Widths", Text(f"{row['name']}: {chosen_text(row)}"))
     lowered, total = facts.coverage_counts(report)
     nodes = f"{report.nodes['before']} → {report.nodes['after']} nodes"
     table.add_row("Graph", Text(nodes + (f", {lowered} of {total} ops lowered by {report.backend}" if total else "")))

@@ -20,6 +20,21 @@ ROWS_PER_TASK = 128
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """How a kernel of many rows goes about its work, which changes its speed and nothing else.
+
+    Attributes:
+        rows_per_task: rows of activations that share one unpacking of weight tiles.
+        row_block: rows that are multiplied at a time in vector registers.
+        tile_registers: multiply in tile registers, where there are any and groups are long enough.
+    """
+
+    rows_per_task: int = ROWS_PER_TASK
+    row_block: int = 4
+    tile_registers: bool = True
+
+
+@dataclass(frozen=True)
 class Linear:
     """A linear layer to make a kernel for, or a table to look rows up in.
 

@@ -34,15 +34,14 @@ from graphwright.kernels.tir.emit import (
 )
 from graphwright.kernels.tir.halves import STORED, dense_quads, picked_codes, words
 from graphwright.kernels.tir.isa import Isa
-from graphwright.kernels.tir.linear import ROWS_PER_TASK, Epilogue, Linear, Weight, clear
+from graphwright.kernels.tir.linear import Epilogue, Linear, Schedule, Weight, clear
 from graphwright.kernels.tir.quantize import CodeBuffers, CodeRow
 from graphwright.kernels.tir.tiles import CHUNK, ROWS, STEP, unsigned_zero
 
-ROW_BLOCK = 4
-"""Rows of activations multiplied at a time."""
-
 TILE_BLOCK = amx.BLOCK * ROWS
-"""The same in tile registers."""
+"""Rows of activations multiplied at a time in tile registers."""
+
+DEFAULT = Schedule()
 
 
 def vector(layer: Linear, isa: Isa, lead: Sequence[Index]) -> tirx.PrimFunc:
@@ -54,7 +53,7 @@ def vector(layer: Linear, isa: Isa, lead: Sequence[Index]) -> tirx.PrimFunc:
     return k.function
 
 
-def matrix(layer: Linear, isa: Isa, lead: Sequence[Index]) -> tirx.PrimFunc:
+def matrix(layer: Linear, isa: Isa, lead: Sequence[Index], schedule: Schedule = DEFAULT) -> tirx.PrimFunc:
     """The kernel for any number of rows."""
     rows = product(lead)
     few = 8 if isa.lanes == ROWS else 4
@@ -64,14 +63,14 @@ def matrix(layer: Linear, isa: Isa, lead: Sequence[Index]) -> tirx.PrimFunc:
             with T.Then(), parallel(b.streams) as tile:
                 _stream(b, isa, tile, _clamped(0, few, rows))
             with T.Else():
-                if isa.tiles and amx.depth(b.span):
+                if isa.tiles and schedule.tile_registers and amx.depth(b.span):
                     with T.If(rows >= TILE_BLOCK):
                         with T.Then():
-                            _multiply_tiles(b, isa, rows)
+                            _multiply_tiles(b, isa, rows, schedule)
                         with T.Else():
-                            _multiply(b, isa, rows)
+                            _multiply(b, isa, rows, schedule)
                 else:
-                    _multiply(b, isa, rows)
+                    _multiply(b, isa, rows, schedule)
     return k.function
 
 
@@ -95,29 +94,29 @@ def _stream(b: "_Buffers", isa: Isa, tile: Any, rows: list[Any]) -> None:
         b.finish(row, chosen, list(line), isa.lanes)
 
 
-def _multiply(b: "_Buffers", isa: Isa, rows: Any) -> None:
+def _multiply(b: "_Buffers", isa: Isa, rows: Any, schedule: Schedule) -> None:
     """Any number of rows times the whole weight."""
-    columns = b.layer.columns
-    with parallel(columns * let(ceil_div(rows, ROWS_PER_TASK))) as task:
+    columns, share = b.layer.columns, schedule.rows_per_task
+    with parallel(columns * let(ceil_div(rows, share))) as task:
         chosen = b.layer.tiles_of(let(task % columns))
         unpacked = [_unpacked(b, isa, t) for t in chosen]
-        first = let(task // columns * ROWS_PER_TASK)
-        with loop(ceil_div(minimum(rows - first, tirx.const(ROWS_PER_TASK, "int64")), ROW_BLOCK)) as block:
-            at = _clamped(first + block * ROW_BLOCK, ROW_BLOCK, rows)
+        first = let(task // columns * share)
+        with loop(ceil_div(minimum(rows - first, tirx.const(share, "int64")), schedule.row_block)) as block:
+            at = _clamped(first + block * schedule.row_block, schedule.row_block, rows)
             totals = _row_block(b, isa, at, chosen, unpacked)
             for row, line in zip(at, totals, strict=True):
                 b.finish(row, chosen, line, isa.lanes)
 
 
-def _multiply_tiles(b: "_Buffers", isa: Isa, rows: Any) -> None:
+def _multiply_tiles(b: "_Buffers", isa: Isa, rows: Any, schedule: Schedule) -> None:
     """At least `TILE_BLOCK` rows times the whole weight, in tile registers; a last block overlaps the one before."""
-    columns = b.layer.columns
-    with parallel(columns * let(ceil_div(rows, ROWS_PER_TASK))) as task:
+    columns, share = b.layer.columns, schedule.rows_per_task
+    with parallel(columns * let(ceil_div(rows, share))) as task:
         chosen = b.layer.tiles_of(let(task % columns))
         unpacked = [_signed(b, isa, t) for t in chosen]
-        first = let(task // columns * ROWS_PER_TASK)
+        first = let(task // columns * share)
         amx.configure(amx.depth(b.span))
-        with loop(ceil_div(minimum(rows - first, tirx.const(ROWS_PER_TASK, "int64")), TILE_BLOCK)) as block:
+        with loop(ceil_div(minimum(rows - first, tirx.const(share, "int64")), TILE_BLOCK)) as block:
             at = let(minimum(first + block * TILE_BLOCK, rows - TILE_BLOCK))
             totals = _tile_block(b, isa, at, chosen, unpacked)
             line = [local(ROWS, "float32") for _ in chosen]

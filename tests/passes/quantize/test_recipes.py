@@ -14,7 +14,10 @@ from graphwright.feeding import logits_of
 from graphwright.numerics import mean_kl
 from graphwright.recipe import Recipe, presets
 
-NEW = ("fp8", "int3-gptq", "int4-awq", "int4-gptq", "llm-int8", "nf4", "w4a8-quarot", "w8a8-smoothquant")
+NEW = (
+    "fp8", "int3-gptq", "int3-spqr", "int4-awq", "int4-gptq", "llm-int8", "nf4", "w4a4-quarot", "w4a8-quarot",
+    "w8a8-smoothquant", "w8a8-zeroquant",
+)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -38,7 +41,7 @@ def test_slow_formats_say_so_in_the_report():
     assert "nf4 weights are dequantized" in found.reasons["quantized_linear"]
 
 
-PRUNED = ("sparse-wanda", "sparse24-gptq", "svd-llm")
+PRUNED = ("draft-pruned", "draft-skip", "sparse-wanda", "sparse24-gptq", "svd-llm")
 
 
 @pytest.mark.parametrize("recipe", [name for name in presets() if name not in (*NEW, *PRUNED)])
