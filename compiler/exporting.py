@@ -109,9 +109,9 @@ def _directory(
     plan_passes(carried)
     cpu = Target.parse("cpu")
     with artifact.atomic_directory(output, overwrite=overwrite) as work:
-        source = open_model(model)
+        source = open_model(model, keep_codes=carried.reads_codes)
         captured = capture(source.model, source.example_inputs)
-        captured = captured.with_(metadata=captured.metadata.with_(name=source.name or captured.metadata.name))
+        captured = captured.with_(metadata=source.described(captured.metadata))
         source.model = torch.nn.Module()  # so that weights are freed as they are rewritten
         program = rewrite(captured, carried, cpu, chosen, consume=True)
         tokenizer = Path(source.tokenizer_directory) if source.tokenizer_directory else None
@@ -142,7 +142,7 @@ def _aoti(model: Any, output: Path, recipe: Recipe, overwrite: bool, options: Co
 def _torch_export(model: Any, output: Path, recipe: Recipe, overwrite: bool, options: CompileOptions) -> Path:
     if output.exists() and not overwrite:
         raise BackendError(f"{output} exists already", fix="Choose another file, or pass --force")
-    source = open_model(model)
+    source = open_model(model, keep_codes=recipe.reads_codes)
     program = rewrite(capture(source.model, source.example_inputs), recipe, Target.parse("cpu"), options)
     archive = exported_program(program)
     output.parent.mkdir(parents=True, exist_ok=True)

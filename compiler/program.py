@@ -45,22 +45,8 @@ class Metadata:
     parameter_bytes: int = 0
     tokenizer: str | None = None
     """Directory of the tokenizer's files while compiling; inside an artifact it is `tokenizer`."""
-
-    def shape_only(self) -> "Program":
-        """A clone whose weights are on the meta device: enough to report on, and no memory."""
-        clone = self.clone()
-        for part in clone.module.modules():
-            for name, parameter in part._parameters.items():
-                if parameter is not None:
-                    part._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-            for name, buffer in part._buffers.items():
-                part._buffers[name] = None if buffer is None else buffer.to("meta")
-        return clone
-
-    @property
-    def is_meta(self) -> bool:
-        """Whether the weights have no values; see `shape_only`."""
-        return any(weight.is_meta for weight in self.weights().values())
+    notes: tuple[str, ...] = ()
+    """What a user should know of how the model was read."""
 
     def with_(self, **changes: Any) -> "Metadata":
         """A copy with some fields replaced."""
@@ -69,7 +55,8 @@ class Metadata:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Metadata":
         """Rebuilds metadata from plain data."""
-        return Metadata(**{**data, "eos_token_ids": tuple(data["eos_token_ids"])})
+        tuples = {"eos_token_ids": tuple(data["eos_token_ids"]), "notes": tuple(data.get("notes", ()))}
+        return Metadata(**{**data, **tuples})
 
 
 @dataclass

@@ -34,6 +34,7 @@ from torch import nn
 from graphwright.checkpoints.reading import gguf_notes, read_directory, read_gguf
 from graphwright.engine.tokenizer import Tokenizer
 from graphwright.errors import GraphwrightError, SourceError, nearest
+from graphwright.program import Metadata
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -73,6 +74,10 @@ class Source:
     tokenizer_directory: str | None = None
     example_inputs: Any = None
     notes: tuple[str, ...] = ()
+
+    def described(self, metadata: Metadata) -> Metadata:
+        """Metadata of a captured program, with what only the source knows."""
+        return metadata.with_(name=self.name or metadata.name, notes=self.notes)
 
 
 @dataclass(frozen=True)
