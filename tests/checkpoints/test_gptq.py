@@ -60,7 +60,7 @@ def checkpoint(folder: Path, family: str = "llama", act_order: bool = False, **c
 def test_codes_stand_for_the_same_weights(tmp_path, family, config):
     made, reference = checkpoint(tmp_path, family, **config)
     source = open_model(tmp_path, keep_codes=True)
-    for name, layer in made.items():
+    for name in made:
         module = source.model.get_submodule(name)
         assert isinstance(module, PackedLinear)
         assert (module.weight_zero_point is None) == bool(config.get("sym"))
