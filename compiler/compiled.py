@@ -155,7 +155,7 @@ def compile(
             captured = captured.with_(metadata=source.described(captured.metadata))
             # The caller may hold the model; the compiler must not, or its weights would outlive their rewriting.
             del source
-    options = _with_text(options, wanted, captured, folder / TOKENIZER)
+    options = with_text(options, wanted, captured, folder / TOKENIZER)
     with _timed(seconds, "rewrite"):
         before = captured.shape_only()
         # A program that the caller gave stays as it is; one captured here is used up, to free weights early.
@@ -185,7 +185,7 @@ def compile(
     return Compiled(rewritten, executable, machine, lowering.name, wanted, folder, report, also, workspace)
 
 
-def _with_text(options: CompileOptions, recipe: Recipe, program: Program, tokenizer: Path) -> CompileOptions:
+def with_text(options: CompileOptions, recipe: Recipe, program: Program, tokenizer: Path) -> CompileOptions:
     """Options with windows of the calibration text, if a pass wants them and nothing else was given."""
     if options.calibration or not tokenizer.is_dir() or not any(one.calibrates for one in recipe.passes):
         return options
@@ -297,4 +297,4 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = time.perf_counter() - started
 
 
-__all__ = ["CompileOptions", "Compiled", "compile", "load", "rewrite"]
+__all__ = ["CompileOptions", "Compiled", "compile", "load", "rewrite", "with_text"]

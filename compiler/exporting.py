@@ -20,9 +20,10 @@ from torch import Tensor
 from graphwright import artifact, registry
 from graphwright.backend import Progress
 from graphwright.capture import capture
-from graphwright.compiled import CompileOptions, compile, rewrite
+from graphwright.compiled import CompileOptions, compile, rewrite, with_text
 from graphwright.errors import BackendError, nearest
 from graphwright.manager import plan_passes
+from graphwright.origin import Origin
 from graphwright.program import Program
 from graphwright.recipe import Recipe
 from graphwright.sources import open_model
@@ -41,7 +42,7 @@ class Exporter(Protocol):
         ...
 
     def write(
-        self, program: Program, directory: Path, tokenizer: Path | None, options: Any, progress: Progress
+        self, program: Program, directory: Path, origin: Origin, options: Any, progress: Progress
     ) -> dict[str, Any]:
         """Writes the rewritten program into an existing directory; returns facts for the manifest."""
         ...
@@ -112,10 +113,12 @@ def _directory(
         source = open_model(model, keep_codes=carried.reads_codes)
         captured = capture(source.model, source.example_inputs)
         captured = captured.with_(metadata=source.described(captured.metadata))
+        origin = Origin.of(source, captured)
         source.model = torch.nn.Module()  # so that weights are freed as they are rewritten
+        if origin.tokenizer is not None:
+            chosen = with_text(chosen, carried, captured, origin.tokenizer)
         program = rewrite(captured, carried, cpu, chosen, consume=True)
-        tokenizer = Path(source.tokenizer_directory) if source.tokenizer_directory else None
-        facts = exporter.write(program, work, tokenizer, options, chosen.progress)
+        facts = exporter.write(program, work, origin, options, chosen.progress)
         if verify:
             chosen.progress("verify", 0.9)
             facts["verified"] = exporter.verify(program, work)

@@ -71,12 +71,12 @@ def backend(name: str) -> "Backend":
         BackendError: there is none, and the nearest name is given; or a package that it needs is not installed.
     """
     if name not in backend_names():
-        compiling = [known for known in backend_names() if known not in exporter_names()]
+        compiling = [known for known in backend_names() if _format(known) not in exporter_names()]
         raise BackendError(f"Unknown backend {name!r}", fix=nearest(name, compiling))
     module = _with_extra(f"{BACKENDS}.{name}", f"Backend {name}", name)
     if not hasattr(module, "BACKEND"):
         raise BackendError(
-            f"{name} is a format to export to, and compiles nothing", fix=f"graphwright export --format {name}"
+            f"{name} is a format to export to, and compiles nothing", fix=f"graphwright export --format {_format(name)}"
         )
     made: Backend = module.BACKEND
     return made
@@ -84,10 +84,16 @@ def backend(name: str) -> "Backend":
 
 @functools.cache
 def exporter_names() -> tuple[str, ...]:
-    """Names of the backends that export: those with a module `exporter`. None of them is imported."""
+    """Formats of the backends that export: those with a module `exporter`. None of them is imported."""
     root = importlib.import_module(BACKENDS)
     folders = [Path(folder) for folder in root.__path__]
-    return tuple(name for name in backend_names() if any((f / name / "exporter.py").is_file() for f in folders))
+    exporting = [name for name in backend_names() if any((f / name / "exporter.py").is_file() for f in folders)]
+    return tuple(map(_format, exporting))
+
+
+def _format(name: str) -> str:
+    """What the format of a backend's folder is called."""
+    return name.replace("_", "-")
 
 
 def exporter(name: str) -> "Exporter":
@@ -96,7 +102,8 @@ def exporter(name: str) -> "Exporter":
     Raises:
         BackendError: a package that it needs is not installed.
     """
-    made: Exporter = _with_extra(f"{BACKENDS}.{name}.exporter", f"Format {name}", name).EXPORTER
+    folder = name.replace("-", "_")
+    made: Exporter = _with_extra(f"{BACKENDS}.{folder}.exporter", f"Format {name}", name).EXPORTER
     return made
 
 

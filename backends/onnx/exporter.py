@@ -27,6 +27,7 @@ from graphwright.backends.onnx.runtime import Session, padded_batch
 from graphwright.errors import BackendError, RecipeError
 from graphwright.match import argument
 from graphwright.numerics import relative_error
+from graphwright.origin import Origin
 from graphwright.pass_ import Pass
 from graphwright.program import Program
 from graphwright.recipe import Recipe, make_pass
@@ -67,7 +68,7 @@ class OnnxExporter:
         return recipe.model_copy(update={"passes": (*kept, *([make_pass("explicit_cache")] if cached else []))})
 
     def write(
-        self, program: Program, directory: Path, tokenizer: Path | None, options: Any, progress: Progress
+        self, program: Program, directory: Path, origin: Origin, options: Any, progress: Progress
     ) -> dict[str, Any]:
         """Writes everything but the manifest into an existing directory.
 
@@ -80,8 +81,8 @@ class OnnxExporter:
         built = files.build(program, options)
         progress("write", 0.5)
         files.save(built, directory)
-        if tokenizer is not None:
-            shutil.copytree(tokenizer, directory, dirs_exist_ok=True)
+        if origin.tokenizer is not None:
+            shutil.copytree(origin.tokenizer, directory, dirs_exist_ok=True)
         fitting = options.profile == "ort" and all(map(ort.fits, program.calls(ops.attention.target)))
         genai = write_config(program, directory, in_place=fitting)
         return {"nodes": built.graph.num_nodes(), "genai": genai, **options.model_dump()}

@@ -14,6 +14,7 @@ from graphwright.capture import capture
 from graphwright.compiled import CompileOptions, rewrite
 from graphwright.engine.tokenizer import Tokenizer
 from graphwright.passes.kv_cache.explicit_cache import empty_past
+from graphwright.origin import Origin
 from graphwright.program import Program
 from graphwright.recipe import Recipe
 from graphwright.sources import demo_model, open_model
@@ -28,11 +29,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Path]:
     source = open_model(demo_model())
     options = EXPORTER.options()
     captured = capture(source.model, source.example_inputs)
-    tokenizer = Path(source.tokenizer_directory)
+    origin = Origin.of(source, captured)
     source.model = None  # so that its weights are freed
     recipe = EXPORTER.recipe(Recipe.load("int4"), options)
     program = rewrite(captured, recipe, Target.parse("cpu"), CompileOptions(verify=False), consume=True)
-    EXPORTER.write(program, folder, tokenizer, options, lambda _text, _fraction: None)
+    EXPORTER.write(program, folder, origin, options, lambda _text, _fraction: None)
     return program, folder
 
 
