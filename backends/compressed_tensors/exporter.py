@@ -9,7 +9,11 @@ manifest.json             versions, recipe, and the size and SHA-256 of every fi
 
 The model's own modules are written: passes that merge layers or add caches are left out, and so are codes for the
 vocabulary head and the token embedding, which the readers keep in floating point. `transformers` needs the package
-`compressed-tensors` for reading.
+`compressed-tensors` for reading: a version before 0.18, since later ones lose the zero points of packed codes when
+`transformers` loads them without `dequantize=True`. vLLM reads them itself.
+
+Dynamic rounding of activations to 8 bits is the same in vLLM and here: the largest magnitude of a token becomes code
+127. The Python package divides by 127.5 in its place, so that its logits differ by the rounding of an activation.
 """
 
 import importlib
@@ -34,7 +38,7 @@ from graphwright.match import argument
 from graphwright.numerics import relative_error
 from graphwright.origin import Origin
 from graphwright.pass_ import Pass
-from graphwright.program import Program
+from graphwright.program import Program, unshared
 from graphwright.recipe import Recipe
 from graphwright.scheme import LayerOptions
 from graphwright.weight_quantizer import WeightQuantizer
@@ -93,9 +97,7 @@ class CompressedTensorsExporter:
         layers = _layers(program, origin, dtype)
         tensors = {f"{one.module}.{name}": t for one in layers for name, t in one.tensors.items()}
         tensors.update(_floats(program, origin, {one.module for one in layers}, dtype))
-        save_file(
-            {name: t.contiguous() for name, t in tensors.items()}, directory / "model.safetensors", {"format": "pt"}
-        )
+        save_file(unshared(tensors), directory / "model.safetensors", {"format": "pt"})
         groups, ignore = _groups(layers, origin)
         quantization = {
             "quant_method": "compressed-tensors",

@@ -1,11 +1,11 @@
 """One quantized layer of a program as the tensors and the scheme of the format.
 
-    codes of 2 to 8 bits, activations as they are   pack-quantized    weight_packed, weight_scale, weight_shape, …
-    codes of 8 bits, activations rounded            int-quantized     weight (int8), weight_scale, …
-    fp8                                             float-quantized   weight (float8_e4m3fn), weight_scale
+    codes of 2, 4 and 8 bits               pack-quantized    weight_packed, weight_scale, weight_shape, …
+    codes of 8 bits, activations rounded   int-quantized     weight (int8), weight_scale, …
+    fp8                                    float-quantized   weight (float8_e4m3fn), weight_scale
 
 Codes are stored as they are, so that reading gives back the same ones; scales become floating point of the directory's
-dtype.
+dtype. Codes of 3 bits are packed in another way by every few versions of the package, so they are not written.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from graphwright.errors import BackendError
 from graphwright.match import argument
 from graphwright.program import Program
 
-CARRIED = ("int2", "int3", "int4", "int8", "fp8_e4m3")
+CARRIED = ("int2", "int4", "int8", "fp8_e4m3")
 """Weight formats that have a form."""
 
 

@@ -86,8 +86,7 @@ class CompressedTensors:
         group_size = storage_group(group.group_size if group.strategy == "group" else 0, width, bits)
         groups = -(-width // group_size)
         if group.format == PACKED:
-            words = layer.require("weight_packed", (rows, -(-width * bits // 32)), torch.int32)
-            codes = unpack_words(words, bits, width)
+            codes = _unpacked(layer, "weight_packed", rows, width, bits)
         else:
             signed = layer.require("weight", (rows, width), torch.int8)
             codes = (signed.to(torch.int16) + middle).to(torch.uint8)
@@ -127,8 +126,7 @@ class CompressedTensors:
         """Unsigned zero points [N, G]."""
         rows, bits = layer.shape[0], group.bits
         if group.format == PACKED:
-            words = layer.require("weight_zero_point", (-(-rows * bits // 32), groups), torch.int32)
-            return unpack_words(words.t(), bits, rows).t().contiguous()
+            return _unpacked(layer, "weight_zero_point", rows, groups, bits, axis=0)
         signed = layer.require("weight_zero_point", (rows, groups), torch.int8)
         return (signed.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
 
@@ -201,6 +199,21 @@ class CompressedTensors:
         self, problem: str, fix: str = "Compile the original model with a recipe of Graphwright's"
     ) -> SourceError:
         return SourceError(problem, where=self.where, fix=fix)
+
+
+def _unpacked(layer: Layer, part: str, rows: int, count: int, bits: int, axis: int = 1) -> Tensor:
+    """Unsigned codes [rows, count], packed along `axis`; before 0.18 the package let no code cross a word."""
+    size, per_word = (rows, count)[axis], 32 // bits
+    shapes = [(rows, words) if axis else (words, count) for words in (-(-size * bits // 32), -(-size // per_word))]
+    found = layer.get(part)
+    within = 32 % bits != 0 and found is not None and tuple(found.shape) == shapes[1]
+    words = layer.require(part, shapes[within], torch.int32)
+    words = words if axis else words.t()
+    if within:
+        codes = unpack_words(words.reshape(-1, 1), bits, per_word).reshape(words.shape[0], -1)[:, :size]
+    else:
+        codes = unpack_words(words, bits, size)
+    return codes if axis else codes.t().contiguous()
 
 
 def _matches(layer: Layer, entry: str) -> bool:

@@ -81,6 +81,21 @@ def test_integer_codes_stand_for_the_same_weights(tmp_path, family, form, bits, 
     assert all(torch.equal(tensor, floats[name]) for name, tensor in reference.state_dict().items())
 
 
+@pytest.mark.parametrize("bits", [3, 5, 6])
+def test_codes_that_do_not_cross_words(tmp_path, bits):
+    made, per_word = make((64, 64), bits, 32, 0), 32 // bits
+
+    def apart(values):
+        padded = torch.nn.functional.pad(values, (0, -values.shape[1] % per_word))
+        return packed_rows(padded.reshape(-1, per_word), bits).reshape(values.shape[0], -1)
+
+    words = {"weight_packed": apart(made.codes), "weight_zero_point": apart(made.zero.t()).t()}
+    held = {**packed(made, False), **words, "weight_scale": made.scale}
+    write(tmp_path, build("llama"), {FIRST: held}, config("pack-quantized", weights(bits, symmetric=False)))
+    floats = open_model(tmp_path).model.get_submodule(FIRST)
+    assert torch.equal(floats.weight, made.dense)
+
+
 @pytest.mark.parametrize("strategy", ["channel", "tensor", "block"])
 def test_fp8_codes_stand_for_the_same_weights(tmp_path, strategy):
     model, held, generator = build("llama"), {}, torch.Generator().manual_seed(0)

@@ -13,8 +13,8 @@ from graphwright.backends.onnx.runtime import Session
 from graphwright.capture import capture
 from graphwright.compiled import CompileOptions, rewrite
 from graphwright.engine.tokenizer import Tokenizer
-from graphwright.passes.kv_cache.explicit_cache import empty_past
 from graphwright.origin import Origin
+from graphwright.passes.kv_cache.explicit_cache import empty_past
 from graphwright.program import Program
 from graphwright.recipe import Recipe
 from graphwright.sources import demo_model, open_model
