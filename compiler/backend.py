@@ -131,21 +131,35 @@ def backends_for(target: Target, name: str = "") -> list[Backend]:
     """The backend called `name`, or those of the target that are installed, the preferred one first.
 
     Raises:
-        BackendError: there is none for this kind of target.
+        BackendError: there is none for this kind of target, or it is not installed.
+    """
+    if name:
+        return [required_backend(target, name)]
+    last = required_backend(target)
+    return [*filter(None, map(_installed, target.backends[:-1])), last]
+
+
+def required_backend(target: Target, name: str = "") -> Backend:
+    """The backend called `name`, or the one that the target falls back to.
+
+    Whether a compile can end well is known from it before the work begins, without importing the backends that are
+    preferred but optional: their libraries take memory that the work needs.
+
+    Raises:
+        BackendError: there is none for this kind of target, or it is not installed.
     """
     if not (name or target.backends):
         raise BackendError(
             f"No backend of this version compiles for {target.name}", fix="Compile for cpu, which runs everywhere"
         )
     if not name:
-        *optional, last = target.backends
-        return [*filter(None, map(_installed, optional)), registry.backend(last)]
+        return registry.backend(target.backends[-1])
     backend = registry.backend(name)
     if target.kind not in backend.kinds:
         raise BackendError(
             f"Backend {name} compiles for {', '.join(backend.kinds)}, and {target.name} is {target.kind}"
         )
-    return [backend]
+    return backend
 
 
 def _installed(name: str) -> Backend | None:

@@ -21,7 +21,7 @@ from torch.nn import functional
 from graphwright import accuracy
 from graphwright.contract import resolve
 from graphwright.engine.tokenizer import Tokenizer
-from graphwright.errors import GraphwrightError, PassError
+from graphwright.errors import PassError, SourceError
 from graphwright.feeding import batch_inputs
 from graphwright.pass_ import Context
 from graphwright.program import Program
@@ -278,12 +278,12 @@ def from_text(
 
 
 def read_text(file: Path) -> str:
-    """The text of a calibration file.
+    """The text of a file to calibrate on or to measure on.
 
     Raises:
-        GraphwrightError: it cannot be read.
+        SourceError: it cannot be read.
     """
     try:
         return file.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise GraphwrightError(f"Calibration text {file} cannot be read: {error}") from error
+        raise SourceError(f"The text file {file} cannot be read: {error}") from error

@@ -28,7 +28,7 @@ from graphwright import doctor as health
 from graphwright.artifact import MANIFEST, read_manifest
 from graphwright.artifact import verify as verify_artifact
 from graphwright.backend import KernelLister
-from graphwright.calibration import LENGTH, SAMPLES
+from graphwright.calibration import LENGTH, SAMPLES, read_text
 from graphwright.capture import capture
 from graphwright.compiled import KERNELS, Compiled, CompileOptions, rewrite
 from graphwright.engine.generate import PROMPT_LOOKUP
@@ -87,7 +87,16 @@ def compile(
         raise GraphwrightError(f"{output} exists already", fix="Choose another directory, or pass --force")
     with _progress() as progress:
         options = CompileOptions(
-            backend=backend, verify=verify, seed=seed, dump=dump, progress=progress, also=tuple(also or ())
+            backend=backend,
+            verify=verify,
+            seed=seed,
+            calibration_text=read_text(calibration) if calibration else "",
+            calibration_samples=calibration_samples,
+            calibration_length=calibration_length,
+            checkpoint=checkpoint,
+            dump=dump,
+            progress=progress,
+            also=tuple(also or ()),
         )
         compiled = graphwright.compile(model, recipe, target, options=options)
         if measure and compiled.program.contract.state and compiled.target.here:
@@ -364,10 +373,7 @@ def _text_tokens(compiled: Compiled, text: Path | None) -> tuple[list[int], str]
         raise GraphwrightError(
             "The artifact has no tokenizer, so text cannot be scored", fix="Compile a model with one"
         )
-    try:
-        content = text.read_text() if text else accuracy.built_in_text(held_out=True)
-    except OSError as error:
-        raise GraphwrightError(f"Text file {text} cannot be read: {error.strerror}") from error
+    content = read_text(text) if text else accuracy.built_in_text(held_out=True)
     return Tokenizer(folder).encode(content), str(text) if text else "documentation of CPython, held-out fifth"
 
 

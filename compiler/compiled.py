@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from graphwright import artifact, registry
-from graphwright.backend import Executable, Progress, backends_for, choose, coverage
+from graphwright.backend import Executable, Progress, backends_for, choose, coverage, required_backend
 from graphwright.calibration import LENGTH, SAMPLES, from_text
 from graphwright.capture import DimNames, capture
 from graphwright.engine.generate import GenerationResult, Generator
@@ -133,11 +133,11 @@ def compile(
     options = replace(options or CompileOptions(), **changes)
     wanted = Recipe.load(recipe)
     machine = target if isinstance(target, Target) else Target.parse(target)
-    candidates = backends_for(machine, options.backend)
     others = [Target.parse(name) for name in dict.fromkeys(options.also) if name != machine.name]
+    required_backend(machine, options.backend)
     for other in others:
-        for candidate in candidates:
-            backends_for(other, candidate.name)
+        for candidate in backends_for(machine, options.backend):
+            required_backend(other, candidate.name)
     plan_passes(wanted)
     workspace = tempfile.TemporaryDirectory(prefix="graphwright-")
     folder = Path(workspace.name)
@@ -164,7 +164,7 @@ def compile(
         rewritten = rewrite(captured, wanted, machine, options, consume=mine)
         del captured
     with _timed(seconds, "lower"):
-        lowering, passed_over = choose(rewritten, machine, candidates)
+        lowering, passed_over = choose(rewritten, machine, backends_for(machine, options.backend))
         kernels = folder / KERNELS
         kernels.mkdir()
         rewritten = lowering.prepare(rewritten, machine)

@@ -36,7 +36,7 @@ class GraphwrightError(Exception):
 
 
 class SourceError(GraphwrightError):
-    """The model that was named cannot be found or read."""
+    """A model or a text that was named cannot be found or read."""
 
     exit_code = 3
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from families.configs import build
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import graphwright
-from graphwright import artifact
+from graphwright import artifact, cli
 from graphwright.errors import ArtifactError
 from graphwright.target import Target
 
@@ -106,6 +107,7 @@ def test_bisect_finds_nothing_wrong_and_something(tiny_model_directory):
         (("compile", "MODEL", "-o", "OUT", "--backend", "tvmm"), "Unknown backend 'tvmm'"),
         (("compile", "missing.gguf", "-o", "OUT"), "missing.gguf"),
         (("compile", "no.such.module:factory", "-o", "OUT"), "no.such.module"),
+        (("compile", "MODEL", "-o", "OUT", "--calibration", "missing.txt"), "The text file missing.txt cannot be read"),
         (("run", "nowhere", "hello"), "no Graphwright artifact"),
         (("export", "MODEL", "-o", "OUT", "--format", "onxx"), "Unknown export format 'onxx'"),
     ],
@@ -117,6 +119,44 @@ def test_mistakes_are_one_paragraph(arguments, message, tiny_model_directory, tm
     assert message in finished.stderr.replace("\n", " ")
     assert "Traceback" not in finished.stderr
     assert list(tmp_path.iterdir()) == [], "nothing half-written is left"
+
+
+def test_every_option_of_compile_reaches_the_compiler(monkeypatch, tmp_path):
+    seen = {}
+
+    class ReachedError(Exception):
+        pass
+
+    def compiler(model, recipe, target, *, options):
+        seen.update(vars(options), model=model, recipe=recipe, target=target)
+        raise ReachedError
+
+    monkeypatch.setattr(graphwright, "compile", compiler)
+    (tmp_path / "text.txt").write_text("some words")
+    given = {
+        "--recipe": "int4-gptq",
+        "--target": "cuda:sm_90",
+        "--also": "cuda:sm_80",
+        "--backend": "triton",
+        "--dump": str(tmp_path / "dump"),
+        "--seed": "7",
+        "--calibration": str(tmp_path / "text.txt"),
+        "--calibration-samples": "3",
+        "--calibration-length": "17",
+        "--checkpoint": str(tmp_path / "layers"),
+    }
+    flat = [part for pair in given.items() for part in pair]
+    result = CliRunner().invoke(cli.app, ["compile", "MODEL", "-o", str(tmp_path / "out"), "--no-verify", *flat])
+    assert isinstance(result.exception, ReachedError)
+    assert (seen["model"], seen["recipe"], seen["target"], seen["also"]) == (
+        "MODEL",
+        "int4-gptq",
+        "cuda:sm_90",
+        ("cuda:sm_80",),
+    )
+    assert (seen["backend"], seen["verify"], seen["seed"]) == ("triton", False, 7)
+    assert (seen["calibration_text"], seen["calibration_samples"], seen["calibration_length"]) == ("some words", 3, 17)
+    assert (seen["dump"], seen["checkpoint"]) == (tmp_path / "dump", tmp_path / "layers")
 
 
 def test_debug_shows_the_traceback(tmp_path):

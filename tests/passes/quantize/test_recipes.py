@@ -8,7 +8,7 @@ from passes.quantize.quantizing import batches
 
 import graphwright
 from graphwright import calibration
-from graphwright.compiled import CompileOptions, _with_text
+from graphwright.compiled import CompileOptions, with_text
 from graphwright.errors import GraphwrightError
 from graphwright.feeding import logits_of
 from graphwright.numerics import mean_kl
@@ -44,7 +44,7 @@ PRUNED = ("sparse-wanda", "sparse24-gptq", "svd-llm")
 @pytest.mark.parametrize("recipe", [name for name in presets() if name not in (*NEW, *PRUNED)])
 def test_recipes_without_measurements_read_no_text(recipe, tmp_path):
     options = CompileOptions()
-    assert _with_text(options, Recipe.load(recipe), graphwright.capture(build("llama")), tmp_path) is options
+    assert with_text(options, Recipe.load(recipe), graphwright.capture(build("llama")), tmp_path) is options
 
 
 def test_text_becomes_windows_spread_over_it(tmp_path):
@@ -61,7 +61,7 @@ def test_compile_calibrates_on_text_where_there_is_a_tokenizer(tmp_path):
     byte_level(tmp_path)
     # The context of the tiny model is shorter than the windows that are asked for.
     options = CompileOptions(calibration_text="abc" * 400, calibration_samples=3, calibration_length=600)
-    made = _with_text(options, Recipe.load("int4-gptq"), graphwright.capture(build("llama")), tmp_path)
+    made = with_text(options, Recipe.load("int4-gptq"), graphwright.capture(build("llama")), tmp_path)
     assert [tuple(batch["input_ids"].shape) for batch in made.calibration] == [(1, 512)] * 2
 
 
@@ -74,7 +74,7 @@ def test_text_that_is_too_short_is_refused(tmp_path):
 def test_a_text_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\xff")
     for name in ("missing", "binary"):
-        with pytest.raises(GraphwrightError, match=f"Calibration text .*{name} cannot be read"):
+        with pytest.raises(GraphwrightError, match=f"The text file .*{name} cannot be read"):
             calibration.read_text(tmp_path / name)
 
 
