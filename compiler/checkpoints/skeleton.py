@@ -87,7 +87,7 @@ class _Filling:
         self.keep_codes = keep_codes
         self.notes: list[str] = []
         self.missing: list[str] = []
-        self._equal: dict[bytes, Tensor] = {}
+        self._equal: dict[tuple[torch.dtype, bytes], Tensor] = {}
 
     def parameter(self, names: list[str]) -> None:
         """Fills one parameter or buffer, which has several names where it is tied."""
@@ -145,9 +145,10 @@ class _Filling:
             module, part = self._owner(name)
             if part != "weight" or not (isinstance(module, (nn.Linear, nn.Embedding)) or _is_conv1d(module)):
                 continue
-            rows, width = module.weight.shape[::-1] if _is_conv1d(module) else module.weight.shape
+            rows, width = (int(size) for size in getattr(module, part).shape)
+            shape = (width, rows) if _is_conv1d(module) else (rows, width)
             kind = "Embedding" if isinstance(module, nn.Embedding) else "Linear"
-            found = self.checkpoint.packed(name.removesuffix(".weight"), kind, (int(rows), int(width)))
+            found = self.checkpoint.packed(name.removesuffix(".weight"), kind, shape)
             if found is not None:
                 return self._shared(found)
         return None
@@ -162,7 +163,7 @@ class _Filling:
         )
 
     def _one(self, tensor: Tensor) -> Tensor:
-        return self._equal.setdefault(tensor.numpy().tobytes(), tensor)
+        return self._equal.setdefault((tensor.dtype, tensor.numpy().tobytes()), tensor)
 
     def _replace(self, path: str, packed: Packed) -> None:
         """Puts a packed module where a plain one stood."""
@@ -191,10 +192,13 @@ class _Filling:
             raise self._wrong(f"{names[0]} has the shape {list(tensor.shape)} and should have {list(held.shape)}")
         value = tensor.to(self.dtype) if held.is_floating_point() else tensor.to(held.dtype)
         value = value.contiguous()
-        kept = nn.Parameter(value, requires_grad=False) if isinstance(held, nn.Parameter) else value
+        parameter = nn.Parameter(value, requires_grad=False) if isinstance(held, nn.Parameter) else None
         for name in names:
             module, part = self._owner(name)
-            (module._parameters if isinstance(held, nn.Parameter) else module._buffers)[part] = kept
+            if parameter is not None:
+                module._parameters[part] = parameter
+            else:
+                module._buffers[part] = value
 
     def _wrong(self, problem: str) -> SourceError:
         return SourceError(problem, where=self.checkpoint.where, fix="Download it again, or quantize the model again")
