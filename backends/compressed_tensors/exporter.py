@@ -203,7 +203,7 @@ def _floats(program: Program, origin: Origin, quantized: set[str], dtype: torch.
         if module in tables:
             made[names[0]] = tables[module].to(dtype)
         elif len(found) == 1:
-            made[names[0]] = weights[found[0]].to(dtype)
+            made[names[0]] = _matrix(names[0], weights[found[0]]).to(dtype)
             left.remove(found[0])
         else:
             reads = f"reads it as {', '.join(sorted(found))}" if found else "does not read it"
@@ -217,6 +217,16 @@ def _floats(program: Program, origin: Origin, quantized: set[str], dtype: torch.
             fix="Use a recipe that only rounds weights",
         )
     return made
+
+
+def _matrix(name: str, tensor: Tensor) -> Tensor:
+    """A parameter of at most two dimensions; more are the stacked weights of experts."""
+    if tensor.dim() > 2:
+        raise BackendError(
+            f"{name} holds the weights of experts, which are not written in this format yet",
+            fix="Compile the model instead, or export it to onnx",
+        )
+    return tensor
 
 
 def _read_by_codes(program: Program) -> set[str]:

@@ -197,3 +197,10 @@ def test_act_order_is_refused(tmp_path):
     write(tmp_path / "gptq", tiny(), {FIRST: tensors(made, second=False)}, CONFIG)
     with pytest.raises(BackendError, match="q_proj gathers its input"):
         exporting.export(str(tmp_path / "gptq"), "compressed-tensors", tmp_path / "out", recipe="as-is")
+
+
+def test_experts_are_refused(tmp_path):
+    with pytest.raises(BackendError, match="holds the weights of experts"):
+        exporting.export(
+            build("mixtral", num_hidden_layers=1), "compressed-tensors", tmp_path / "out", recipe="int4-sym"
+        )
