@@ -92,6 +92,7 @@ class CompressedTensorsExporter:
         """
         if origin.config is None:
             raise BackendError("Only models of transformers have a config.json to write", fix="Give such a model")
+        _refuse_experts(program)
         dtype = DTYPES[options.dtype]
         progress("write", 0.0)
         layers = _layers(program, origin, dtype)
@@ -203,7 +204,7 @@ def _floats(program: Program, origin: Origin, quantized: set[str], dtype: torch.
         if module in tables:
             made[names[0]] = tables[module].to(dtype)
         elif len(found) == 1:
-            made[names[0]] = _matrix(names[0], weights[found[0]]).to(dtype)
+            made[names[0]] = weights[found[0]].to(dtype)
             left.remove(found[0])
         else:
             reads = f"reads it as {', '.join(sorted(found))}" if found else "does not read it"
@@ -219,14 +220,14 @@ def _floats(program: Program, origin: Origin, quantized: set[str], dtype: torch.
     return made
 
 
-def _matrix(name: str, tensor: Tensor) -> Tensor:
-    """A parameter of at most two dimensions; more are the stacked weights of experts."""
-    if tensor.dim() > 2:
-        raise BackendError(
-            f"{name} holds the weights of experts, which are not written in this format yet",
-            fix="Compile the model instead, or export it to onnx",
-        )
-    return tensor
+def _refuse_experts(program: Program) -> None:
+    """Refuses parameters of more than two dimensions, which are the stacked weights of experts."""
+    for name, tensor in program.weights().items():
+        if tensor.dim() > 2:
+            raise BackendError(
+                f"{name} holds the weights of experts, which are not written in this format yet",
+                fix="Compile the model instead, or export it to onnx",
+            )
 
 
 def _read_by_codes(program: Program) -> set[str]:

@@ -26,9 +26,9 @@ def tensors(made: Made, second: bool) -> dict[str, torch.Tensor]:
     }
 
 
-def checkpoint(folder: Path, family: str = "llama", act_order: bool = False, **config: Any) -> Any:
+def checkpoint(folder: Path, family: str = "llama", act_order: bool = False, depth: int = 2, **config: Any) -> Any:
     """A directory of a tiny model, and the same model with the weights that its codes stand for."""
-    model, config = build(family), {**CONFIG, **config}
+    model, config = build(family, num_hidden_layers=depth), {**CONFIG, **config}
     second = config.get("checkpoint_format") == "gptq_v2"
     made = {
         name: make(tuple(m.weight.shape), config["bits"], config["group_size"], seed, symmetric=config["sym"])
