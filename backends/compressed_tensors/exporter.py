@@ -92,7 +92,7 @@ class CompressedTensorsExporter:
         """
         if origin.config is None:
             raise BackendError("Only models of transformers have a config.json to write", fix="Give such a model")
-        _refuse_experts(program)
+        _refuse_experts(program, origin)
         dtype = DTYPES[options.dtype]
         progress("write", 0.0)
         layers = _layers(program, origin, dtype)
@@ -220,10 +220,10 @@ def _floats(program: Program, origin: Origin, quantized: set[str], dtype: torch.
     return made
 
 
-def _refuse_experts(program: Program) -> None:
+def _refuse_experts(program: Program, origin: Origin) -> None:
     """Refuses parameters of more than two dimensions, which are the stacked weights of experts."""
     for name, tensor in program.weights().items():
-        if tensor.dim() > 2:
+        if tensor.dim() > 2 and name not in origin.constants:
             raise BackendError(
                 f"{name} holds the weights of experts, which are not written in this format yet",
                 fix="Compile the model instead, or export it to onnx",
