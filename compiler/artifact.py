@@ -19,7 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ class Manifest:
     files: dict[str, dict[str, Any]]
     also: tuple[str, ...] = ()
     """Targets besides `target` that the artifact holds kernels for."""
+    export: dict[str, Any] = field(default_factory=dict)
+    """Of an export: its format, options, and what the format says of it."""
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -72,13 +74,26 @@ def atomic_directory(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise ArtifactError(f"Directory {final} cannot be written: {error.strerror}") from error
     try:
         yield work
-        if final.exists():
-            shutil.rmtree(final)
         work.chmod(0o755)
-        os.replace(work, final)
+        _put_in_place(work, final)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def _put_in_place(work: Path, final: Path) -> None:
+    """Renames `work` to `final`; what was there is moved aside first, so that it is never half-deleted."""
+    if not final.exists():
+        os.replace(work, final)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    os.replace(final, old)
+    try:
+        os.replace(work, final)
+    except BaseException:
+        os.replace(old, final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _refuse_existing(final: Path, overwrite: bool) -> None:
@@ -91,7 +106,12 @@ def _refuse_existing(final: Path, overwrite: bool) -> None:
 
 
 def write_manifest(
-    directory: Path, target: Target, backend: str, recipe: Mapping[str, Any], also: tuple[str, ...] = ()
+    directory: Path,
+    target: Target,
+    backend: str,
+    recipe: Mapping[str, Any],
+    also: tuple[str, ...] = (),
+    export: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the manifest over all files that are in `directory` now."""
     files = {
@@ -110,6 +130,7 @@ def write_manifest(
         "backend": backend,
         "recipe": dict(recipe),
         "also": list(also),
+        **({"export": dict(export)} if export else {}),
         "files": files,
     }
     (directory / MANIFEST).write_text(json.dumps(data, indent=1))

@@ -79,11 +79,55 @@ class JustInTimeBackend(Protocol):
 
 
 @runtime_checkable
+class AheadOfTimeBackend(Protocol):
+    """A backend that cannot serve torch.compile, and says why and what can."""
+
+    def refuse_jit(self) -> None:
+        """Refuses.
+
+        Raises:
+            BackendError: always.
+        """
+        ...
+
+
+@runtime_checkable
+class TunableBackend(Protocol):
+    """A backend that can pick the schedules of its kernels by measuring them on this machine."""
+
+    def tuned(self, seconds: float) -> Backend:
+        """The same backend, which measures for that long before it compiles."""
+        ...
+
+
+@runtime_checkable
 class KernelLister(Protocol):
     """A backend that can say what its compiled kernels are made of."""
 
     def kernels(self, directory: Path) -> list[dict[str, Any]]:
         """One row for every kernel in an artifact's directory of compiled files."""
+        ...
+
+
+@runtime_checkable
+class RequiringBackend(Protocol):
+    """A backend that is imported without packages that it compiles with."""
+
+    def require(self) -> None:
+        """Refuses to begin.
+
+        Raises:
+            BackendError: a package is missing; says what to install.
+        """
+        ...
+
+
+@runtime_checkable
+class PartialBackend(Protocol):
+    """A backend that learns while it compiles which nodes it does not take, and leaves them to PyTorch."""
+
+    def left(self, directory: Path, target: Target) -> dict[str, str]:
+        """The nodes that stayed out of what was compiled into `directory`, by name, each with the reason."""
         ...
 
 
@@ -94,6 +138,8 @@ class Coverage:
     lowered: dict[str, int] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    """Every node that fell back, by name, with the reason; where the backend learns it by compiling."""
     passed_over: dict[str, str] = field(default_factory=dict)
     """Why backends that the target prefers were not used, by name."""
 
@@ -102,11 +148,15 @@ class Coverage:
         return vars(self).copy()
 
 
-def coverage(program: Program, backend: Backend, target: Target) -> Coverage:
-    """Asks the backend about every call of the program and counts the answers by op."""
-    found = Coverage()
+def coverage(program: Program, backend: Backend, target: Target, directory: Path | None = None) -> Coverage:
+    """Asks the backend about every call of the program and counts the answers by op.
+
+    With the directory of the compiled files, what compiling has shown counts too.
+    """
+    left = backend.left(directory, target) if directory and isinstance(backend, PartialBackend) else {}
+    found = Coverage(left=left)
     for node in program.calls():
-        support = backend.supports(node, target)
+        support = Support(False, left[node.name]) if node.name in left else backend.supports(node, target)
         name = op_name(node.target)
         counts = found.lowered if support.ok else found.fallbacks
         counts[name] = counts.get(name, 0) + 1
@@ -125,6 +175,19 @@ def choose(program: Program, target: Target, candidates: Sequence[Backend]) -> t
         name, reason = next(iter(reasons.items()))
         passed_over[backend.name] = f"{name}: {reason}"
     return candidates[-1], passed_over
+
+
+def tuned(backend: Backend, seconds: float) -> Backend:
+    """A backend that measures for `seconds` before it compiles; itself for 0.
+
+    Raises:
+        BackendError: it has nothing to tune.
+    """
+    if not seconds:
+        return backend
+    if not isinstance(backend, TunableBackend):
+        raise BackendError(f"Backend {backend.name} has no schedules to tune", fix="Leave tuning out")
+    return backend.tuned(seconds)
 
 
 def backends_for(target: Target, name: str = "") -> list[Backend]:
@@ -152,13 +215,13 @@ def required_backend(target: Target, name: str = "") -> Backend:
         raise BackendError(
             f"No backend of this version compiles for {target.name}", fix="Compile for cpu, which runs everywhere"
         )
-    if not name:
-        return registry.backend(target.backends[-1])
-    backend = registry.backend(name)
+    backend = registry.backend(name or target.backends[-1])
     if target.kind not in backend.kinds:
         raise BackendError(
             f"Backend {name} compiles for {', '.join(backend.kinds)}, and {target.name} is {target.kind}"
         )
+    if isinstance(backend, RequiringBackend):
+        backend.require()
     return backend
 
 

@@ -6,6 +6,7 @@ standard error. A mistake of the user's is one paragraph and an exit code; `--de
 
 import ctypes
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,9 @@ from graphwright.target import Target, known_targets
 
 M_MMAP_THRESHOLD = -3
 
+EVALUATED_WINDOWS = 4
+"""Windows of held-out text on which a compile measures accuracy; `graphwright eval` takes more."""
+
 app = typer.Typer(
     help="Make a large language model smaller and faster on your own hardware.",
     no_args_is_help=True,
@@ -72,7 +76,8 @@ def compile(
     backend: Annotated[str, typer.Option(help="Backend; the target's own by default")] = "",
     force: Annotated[bool, typer.Option("--force", help="Overwrite an artifact that is there")] = False,
     verify: Annotated[bool, typer.Option(help="Compare numbers after every pass")] = True,
-    measure: Annotated[bool, typer.Option(help="Measure the compiled program's speed for the report")] = True,
+    measure: Annotated[bool, typer.Option(help="Measure speed and accuracy for the report")] = True,
+    tune: Annotated[float, typer.Option(min=0, help="Seconds for measuring schedules of kernels; 0: defaults")] = 0.0,
     dump: Annotated[Path | None, typer.Option(help="Write the graph's text after every pass here")] = None,
     seed: Annotated[int, typer.Option(help="Seeds everything random")] = 0,
     calibration: Annotated[Path | None, typer.Option(help="Text file to calibrate on; built-in text otherwise")] = None,
@@ -94,6 +99,8 @@ def compile(
             calibration_samples=calibration_samples,
             calibration_length=calibration_length,
             checkpoint=checkpoint,
+            evaluate=EVALUATED_WINDOWS if measure else 0,
+            tune=tune,
             dump=dump,
             progress=progress,
             also=tuple(also or ()),
@@ -221,14 +228,24 @@ def inspect(
 @app.command()
 def export(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File or directory to write")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write")],
     format: Annotated[
         str, typer.Option("--format", "-f", help=f"One of {', '.join(exporting.formats())}")
     ] = "torch-export",
     recipe: RecipeName = "fp32",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Option of the format, as name=value")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Run what was written, and compare")] = False,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "--set", help="Option of the format, as name=value; see `graphwright formats`"),
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Run what was written: error and tokens/s")] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite what is there")] = False,
+    check: Annotated[bool, typer.Option(help="Compare numbers after every pass")] = True,
+    seed: Annotated[int, typer.Option(help="Seeds everything random")] = 0,
+    calibration: Annotated[Path | None, typer.Option(help="Text file to calibrate on; built-in text otherwise")] = None,
+    calibration_samples: Annotated[int, typer.Option(min=1, help="Windows of the calibration text")] = SAMPLES,
+    calibration_length: Annotated[int, typer.Option(min=2, help="Tokens per window")] = LENGTH,
+    checkpoint: Annotated[Path | None, typer.Option(help="Keep finished layers here; run again to go on")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Rewrite MODEL and write it in a format that other runtimes load."""
     with _progress() as progress:
@@ -237,15 +254,45 @@ def export(
             format,
             output,
             recipe=recipe,
-            options=_settings(set_ or []),
+            options=_settings(option or []),
             verify=verify,
             overwrite=force,
-            progress=progress,
+            compile_options=CompileOptions(
+                verify=check,
+                seed=seed,
+                calibration_text=read_text(calibration) if calibration else "",
+                calibration_samples=calibration_samples,
+                calibration_length=calibration_length,
+                checkpoint=checkpoint,
+                progress=progress,
+            ),
         )
-    console.print(f"Written: [bold]{escape(str(written))}[/]")
-    if verify:
-        facts = json.loads((written / MANIFEST).read_text())["recipe"]["export"]["verified"]
-        _print_facts("The exported model against the program", facts)
+    report = Report.load(written / "report.json")
+    if as_json:
+        _print_json({"output": str(written), **report.to_json()})
+        return
+    print_report(report, console)
+    console.print(f"Written: [bold]{escape(str(written))}[/]  Report: {escape(str(written / 'report.html'))}")
+
+
+@app.command()
+def formats(as_json: AsJson = False) -> None:
+    """List the export formats with their options."""
+    rows = [row for name in exporting.formats() for row in _format_rows(name)]
+    _print_rows("Export formats", rows, as_json)
+
+
+def _format_rows(name: str) -> list[dict[str, Any]]:
+    """One row per option of a format; one that says what to install where a package is missing."""
+    try:
+        fields = registry.export_format(name).options.model_fields
+    except GraphwrightError as error:
+        return [{"format": name, "option": "", "default": "", "what it does": str(error)}]
+    rows = [(key, str(field.default), field.description or "") for key, field in fields.items()]
+    return [
+        {"format": name, "option": key, "default": default, "what it does": text}
+        for key, default, text in rows or [("", "", "no options")]
+    ]
 
 
 @app.command()
@@ -335,6 +382,8 @@ def capture_named(model: str, *, keep_codes: bool = False) -> Program:
 def main() -> None:
     """Entry point: runs the app and turns errors into paragraphs and exit codes."""
     _return_freed_memory()
+    # So that a process that is told to end removes what it has half-written, as one that is interrupted does.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(128 + signal.SIGTERM))
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
@@ -374,7 +423,7 @@ def _text_tokens(compiled: Compiled, text: Path | None) -> tuple[list[int], str]
             "The artifact has no tokenizer, so text cannot be scored", fix="Compile a model with one"
         )
     content = read_text(text) if text else accuracy.built_in_text(held_out=True)
-    return Tokenizer(folder).encode(content), str(text) if text else "documentation of CPython, held-out fifth"
+    return Tokenizer(folder).encode(content), str(text) if text else accuracy.HELD_OUT_TEXT
 
 
 def _reference(model: str) -> accuracy.Logits:
@@ -387,7 +436,7 @@ def _settings(given: list[str]) -> dict[str, Any]:
     pairs = [entry.partition("=") for entry in given]
     for name, equals, _ in pairs:
         if not equals:
-            raise GraphwrightError(f"--set takes name=value, not {name!r}")
+            raise GraphwrightError(f"--option takes name=value, not {name!r}")
     return {name: yaml.safe_load(value) for name, _, value in pairs}
 
 

@@ -18,13 +18,14 @@ from typing import Any
 
 from torch import Tensor
 
-from graphwright import artifact, registry
-from graphwright.backend import Executable, Progress, backends_for, choose, coverage, required_backend
+from graphwright import accuracy, artifact, registry
+from graphwright.backend import Executable, Progress, backends_for, choose, coverage, required_backend, tuned
 from graphwright.calibration import LENGTH, SAMPLES, from_text
 from graphwright.capture import DimNames, capture
 from graphwright.engine.generate import GenerationResult, Generator
 from graphwright.engine.tokenizer import Tokenizer
-from graphwright.feeding import token_inputs
+from graphwright.errors import ArtifactError
+from graphwright.feeding import logits_of, token_inputs
 from graphwright.manager import Observer, PassManager, plan_passes
 from graphwright.pass_ import Context
 from graphwright.program import Program, load_weights
@@ -35,7 +36,10 @@ from graphwright.rewrite import Fuel
 from graphwright.sources import open_model
 from graphwright.target import Target, local_gpu
 
-KERNELS, TOKENIZER = "kernels", "tokenizer"
+KERNELS, TOKENIZER, ORIGINAL = "kernels", "tokenizer", "original"
+
+EVALUATED = 128
+"""Tokens of a window on which accuracy is measured for the report."""
 
 
 def _silent(_text: str, _fraction: float) -> None:
@@ -61,6 +65,9 @@ class CompileOptions:
         observers: called after each pass.
         progress: called with what is being done and the finished fraction.
         fuel: the number of rewrites that may happen, None for all.
+        evaluate: windows of held-out text on which the compiled program is compared with the captured one for the
+            report, where it runs on this machine and the model has a tokenizer.
+        tune: seconds for which schedules of kernels are measured, on this machine, before they are compiled.
         also: more targets of the same backend to compile for, into one artifact.
     """
 
@@ -76,6 +83,8 @@ class CompileOptions:
     observers: tuple[Observer, ...] = ()
     progress: Progress = _silent
     fuel: int | None = None
+    evaluate: int = 0
+    tune: float = 0.0
     also: tuple[str, ...] = ()
 
 
@@ -148,14 +157,14 @@ def compile(
             captured = model
         else:
             source = open_model(model, keep_codes=wanted.reads_codes)
-            if source.tokenizer_directory:
-                shutil.copytree(source.tokenizer_directory, folder / TOKENIZER)
+            copy_tokenizer(source.tokenizer_directory, folder)
             inputs = example_inputs if example_inputs is not None else source.example_inputs
             captured = capture(source.model, inputs, dims=dims)
             captured = captured.with_(metadata=source.described(captured.metadata))
             # The caller may hold the model; the compiler must not, or its weights would outlive their rewriting.
             del source
-    options = with_text(options, wanted, captured, folder / TOKENIZER)
+    options = with_calibration_text(options, wanted, captured, folder / TOKENIZER)
+    comparison = _comparison(options, captured, folder) if machine.here else None
     with _timed(seconds, "rewrite"):
         before = captured.shape_only()
         # A program that the caller gave stays as it is; one captured here is used up, to free weights early.
@@ -165,6 +174,7 @@ def compile(
         del captured
     with _timed(seconds, "lower"):
         lowering, passed_over = choose(rewritten, machine, backends_for(machine, options.backend))
+        lowering = tuned(lowering, options.tune)
         kernels = folder / KERNELS
         kernels.mkdir()
         rewritten = lowering.prepare(rewritten, machine)
@@ -177,17 +187,49 @@ def compile(
         recipe=wanted,
         target=machine,
         backend=lowering.name,
-        coverage=replace(coverage(rewritten, lowering, machine), passed_over=passed_over).to_json(),
+        coverage=replace(coverage(rewritten, lowering, machine, kernels), passed_over=passed_over).to_json(),
         seconds=seconds,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
     also = tuple(other.name for other in others)
-    return Compiled(rewritten, executable, machine, lowering.name, wanted, folder, report, also, workspace)
+    compiled = Compiled(rewritten, executable, machine, lowering.name, wanted, folder, report, also, workspace)
+    if comparison is not None:
+        windows, original = comparison
+        measured = accuracy.measure(
+            compiled.logits, windows, reference=original, text=accuracy.HELD_OUT_TEXT, progress=options.progress
+        )
+        report.accuracy = measured.to_json()
+        shutil.rmtree(folder / ORIGINAL)
+    return compiled
 
 
-def with_text(options: CompileOptions, recipe: Recipe, program: Program, tokenizer: Path) -> CompileOptions:
+def _comparison(options: CompileOptions, program: Program, folder: Path) -> tuple[Tensor, accuracy.Logits] | None:
+    """Windows of held-out text and the captured program's logits on them; None where there is nothing to compare."""
+    tokenizer = folder / TOKENIZER
+    if not options.evaluate or not tokenizer.is_dir() or not program.metadata.causal:
+        return None
+    tokens = Tokenizer(tokenizer).encode(accuracy.built_in_text(held_out=True))
+    length = min(EVALUATED, program.metadata.context_length or EVALUATED)
+    windows = accuracy.token_windows(tokens, length, options.evaluate)
+    kept = folder / ORIGINAL
+    kept.mkdir()
+    options.progress("evaluate the original", 0.0)
+    return windows, accuracy.remember(lambda ids: logits_of(program, ids), windows, kept)
+
+
+def copy_tokenizer(tokenizer: Path | str | None, folder: Path) -> None:
+    """The tokenizer's files, if there are any, where an artifact has them."""
+    if tokenizer:
+        shutil.copytree(tokenizer, folder / TOKENIZER)
+
+
+def with_calibration_text(
+    options: CompileOptions, recipe: Recipe, program: Program, tokenizer: Path | None
+) -> CompileOptions:
     """Options with windows of the calibration text, if a pass wants them and nothing else was given."""
-    if options.calibration or not tokenizer.is_dir() or not any(one.calibrates for one in recipe.passes):
+    if options.calibration or not any(one.calibrates for one in recipe.passes):
+        return options
+    if tokenizer is None or not tokenizer.is_dir():
         return options
     length = min(options.calibration_length, program.metadata.context_length or options.calibration_length)
     windows = from_text(tokenizer, options.calibration_text or None, options.calibration_samples, length)
@@ -207,6 +249,11 @@ def load(directory: Path | str, *, target: str | Target | None = None) -> "Compi
     """
     folder = Path(directory)
     manifest = artifact.read_manifest(folder)
+    if not manifest.backend:
+        raise ArtifactError(
+            f"{folder} is an export in the format {manifest.export.get('format', '?')}, which other runtimes load",
+            fix="Compile the model with graphwright compile, or export it with --format aoti",
+        )
     machine = target if isinstance(target, Target) else Target.parse(target or _target_here(manifest))
     artifact.verify(folder, machine)
     weights = load_weights(folder / "weights.safetensors")
@@ -297,4 +344,4 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = time.perf_counter() - started
 
 
-__all__ = ["CompileOptions", "Compiled", "compile", "load", "rewrite", "with_text"]
+__all__ = ["CompileOptions", "Compiled", "compile", "load", "rewrite"]

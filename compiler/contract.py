@@ -20,7 +20,7 @@ from torch import Tensor
 
 from graphwright.errors import GraphwrightError
 
-Role = Literal["token", "attention_mask", "position", "key_position", "logit_index", "tensor"]
+Role = Literal["token", "attention_mask", "position", "key_position", "logit_index", "slot", "tree_mask", "tensor"]
 Shape = tuple[int | str, ...]
 
 DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
@@ -46,7 +46,8 @@ class InputSpec:
 
     `role` says what the values mean: `token` ids below `high`; an `attention_mask` of ones and zeros; a
     `position` of each new token in its own sequence, -1 for padding; a `key_position`, the slots of the cache in
-    use; a `logit_index`, the places in the sequence whose logits are wanted; or any other `tensor`.
+    use; a `logit_index`, the places in the sequence whose logits are wanted; a `slot`, the place of each new token in
+    the caches; a `tree_mask`, what is added to scores so that guesses do not see each other; or any other `tensor`.
     """
 
     name: str
@@ -182,7 +183,9 @@ def _draw(spec: InputSpec, shape: tuple[int, ...], generator: torch.Generator) -
         lengths = torch.randint(1, shape[-1] + 1, (shape[0], 1), generator=generator)
         lengths[0] = shape[-1]
         return (torch.arange(shape[-1])[None, :] < lengths).to(spec.dtype)
-    if spec.role == "position":
+    if spec.role == "tree_mask":
+        return torch.zeros(shape, dtype=spec.dtype)
+    if spec.role in ("position", "slot"):
         return torch.arange(shape[-1]).expand(shape).to(spec.dtype).contiguous()
     if spec.role == "key_position":
         return torch.arange(shape[-1]).to(spec.dtype)

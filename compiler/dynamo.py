@@ -18,8 +18,8 @@ from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from graphwright import clean, shapes
-from graphwright.backend import Backend, JustInTimeBackend, backends_for, choose
+from graphwright import clean, registry, shapes
+from graphwright.backend import AheadOfTimeBackend, Backend, JustInTimeBackend, backends_for, choose
 from graphwright.capture import finish
 from graphwright.contract import Contract, Dim, InputSpec
 from graphwright.errors import BackendError, RecipeError, nearest
@@ -59,6 +59,9 @@ def graphwright_backend(
     """
     chosen = _options(options or {})
     recipe = _keeping_contract(Recipe.load(chosen.recipe))
+    named = registry.backend(chosen.backend) if chosen.backend else None
+    if isinstance(named, AheadOfTimeBackend):
+        named.refuse_jit()
     target = Target.parse(chosen.target)
     return _Region(module, recipe, target, backends_for(target, chosen.backend), chosen.verify)
 

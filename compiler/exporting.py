@@ -1,60 +1,41 @@
 """Export: a rewritten model in a format that other runtimes load.
 
-    export("model.gguf", "torch-export", "model.pt2", recipe="int8")
+    export("model.gguf", "onnx", "model-onnx", recipe="int4", options={"profile": "ort"}, verify=True)
 
-`torch-export` is the rewritten graph as a torch.export archive; loading it needs Graphwright's ops. `aoti` is the
-compiled artifact, which needs no Python modelling code. Further formats are those of backends that have a module
-`exporter` with an `EXPORTER`: found by the backend's name, imported when asked for.
+Every format is written the same way, and its directory holds beside the format's own files
+
+    manifest.json               versions, recipe, options, and the size and SHA-256 of every file
+    report.json, report.html    what each pass did, and a section on the export
+
+A format is one file that is found by its name; see `graphwright.export_format`.
 """
 
-import os
-import tempfile
+import resource
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
-from torch import Tensor
+from pydantic import ValidationError
 
 from graphwright import artifact, registry
-from graphwright.backend import Progress
 from graphwright.capture import capture
-from graphwright.compiled import CompileOptions, compile, rewrite, with_text
+from graphwright.compiled import CompileOptions, rewrite, with_calibration_text
 from graphwright.errors import BackendError, nearest
+from graphwright.export_format import Export, Format, FormatOptions, Verified
 from graphwright.manager import plan_passes
 from graphwright.origin import Origin
 from graphwright.program import Program
 from graphwright.recipe import Recipe
-from graphwright.sources import open_model
-from graphwright.target import Target
-
-
-class Exporter(Protocol):
-    """Writes programs in one format."""
-
-    name: str
-    options: type[BaseModel]
-    """The format's own options, all with defaults."""
-
-    def recipe(self, recipe: Recipe, options: Any) -> Recipe:
-        """The recipe as the format needs it; refuses one that the format cannot carry, before any work."""
-        ...
-
-    def write(
-        self, program: Program, directory: Path, origin: Origin, options: Any, progress: Progress
-    ) -> dict[str, Any]:
-        """Writes the rewritten program into an existing directory; returns facts for the manifest."""
-        ...
-
-    def verify(self, program: Program, directory: Path) -> dict[str, float]:
-        """Runs what was written and compares it with `program`: relative error and tokens per second."""
-        ...
+from graphwright.report.collect import Report, collect
+from graphwright.report.html import render
+from graphwright.sources import Source, open_model
 
 
 def formats() -> list[str]:
     """Names of all formats."""
-    return sorted([*FORMATS, *registry.exporter_names()])
+    return sorted(registry.format_files())
 
 
 def export(
@@ -62,119 +43,139 @@ def export(
     format: str,
     output: Path | str,
     *,
-    recipe: str | Path | Recipe = "fp32",
+    recipe: str | Path | Mapping[str, Any] | Recipe = "fp32",
     options: Mapping[str, Any] | None = None,
     verify: bool = False,
     overwrite: bool = False,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     progress: Callable[[str, float], None] = lambda _text, _fraction: None,
+    compile_options: CompileOptions | None = None,
 ) -> Path:
-    """Rewrites `model` by `recipe` and writes it; returns what was written.
+    """Rewrites `model` by `recipe` and writes it; returns the directory.
 
     Args:
-        model: what `graphwright.compile` takes.
+        model: what `graphwright.compile` takes, except a program.
         format: one of `formats()`.
-        output: file or directory.
-        recipe: preset, YAML file or `Recipe`.
+        output: directory; nothing is there until all of it is.
+        recipe: preset, YAML file, plain data or `Recipe`.
         options: the format's own, by name.
-        verify: run what was written and compare it, before it is put in its place; the manifest tells the result.
+        verify: run what was written and compare it with the program, before it is put in its place.
         overwrite: replace what an earlier export wrote.
+        example_inputs: for modules that are not language models, see `capture`.
         progress: called with what is being done and the finished fraction.
+        compile_options: how to rewrite: seed, calibration, verification of the passes.
 
     Raises:
-        BackendError: unknown format or option, a package is missing, or the output exists and may not be overwritten.
-        RecipeError: the format cannot carry what the recipe makes.
+        BackendError: unknown format or option, a package is missing, or what was written does not compute what the
+            program computes.
+        ArtifactError: the output exists and may not be overwritten, or cannot be written.
+        RecipeError: the format cannot carry what the recipe makes; said before a model is read.
     """
-    if format not in formats():
-        raise BackendError(f"Unknown export format {format!r}", fix=nearest(format, formats()))
-    wanted, chosen = Recipe.load(recipe), CompileOptions(progress=progress)
-    if format in registry.exporter_names():
-        exporter = registry.exporter(format)
-        return _directory(exporter, model, Path(output), wanted, dict(options or {}), verify, overwrite, chosen)
-    if options or verify:
-        raise BackendError(f"Format {format} has no options and is not verified by running it", fix="Leave them out")
-    return FORMATS[format](model, Path(output), wanted, overwrite, chosen)
-
-
-def _directory(
-    exporter: Exporter,
-    model: Any,
-    output: Path,
-    recipe: Recipe,
-    given: dict[str, Any],
-    verify: bool,
-    overwrite: bool,
-    chosen: CompileOptions,
-) -> Path:
-    options = _validated(exporter, given)
-    carried = exporter.recipe(recipe, options)
+    writer = registry.export_format(format)
+    chosen = validated(writer, options or {})
+    writer.require(chosen, verify=verify)
+    carried = writer.recipe(Recipe.load(recipe), chosen)
     plan_passes(carried)
-    cpu = Target.parse("cpu")
-    with artifact.atomic_directory(output, overwrite=overwrite) as work:
+    how = compile_options or CompileOptions(progress=progress)
+    with artifact.atomic_directory(Path(output), overwrite=overwrite) as work:
+        seconds: dict[str, float] = {}
+        started = time.perf_counter()
+        how.progress("capture", 0.0)
         source = open_model(model, keep_codes=carried.reads_codes)
-        captured = capture(source.model, source.example_inputs)
-        captured = captured.with_(metadata=source.described(captured.metadata))
-        origin = Origin.of(source, captured)
+        inputs = example_inputs if example_inputs is not None else source.example_inputs
+        config = _config(source.model)
+        program = capture(source.model, inputs)
+        program = program.with_(metadata=source.described(program.metadata))
+        origin = Origin.of(source.model, program)
         source.model = torch.nn.Module()  # so that weights are freed as they are rewritten
-        if origin.tokenizer is not None:
-            chosen = with_text(chosen, carried, captured, origin.tokenizer)
-        program = rewrite(captured, carried, cpu, chosen, consume=True)
-        facts = exporter.write(program, work, origin, options, chosen.progress)
-        if verify:
-            chosen.progress("verify", 0.9)
-            facts["verified"] = exporter.verify(program, work)
-        artifact.write_manifest(work, cpu, exporter.name, {**carried.to_data(), "export": facts})
-    return output
+        seconds["capture"] = time.perf_counter() - started
+        job = Export(program, work, carried, chosen, config, _tokenizer(source), how.progress, origin)
+        before = program.shape_only()
+        del program
+        _write(writer, job, how, before, seconds, verify)
+    return Path(output)
 
 
-def _validated(exporter: Exporter, given: Mapping[str, Any]) -> BaseModel:
+def _write(
+    writer: Format, job: Export, how: CompileOptions, before: Program, seconds: dict[str, float], verify: bool
+) -> None:
+    """Rewriting, the format's own files, verification, report and manifest."""
+    target = writer.target(job.options)
+    started = time.perf_counter()
+    how = with_calibration_text(how, job.recipe, job.program, job.tokenizer)
+    job.program = rewrite(job.program, job.recipe, target, how, consume=True)
+    rewritten = time.perf_counter()
+    job.progress(f"write {writer.name}", 0.6)
+    facts = writer.write(job)
+    seconds |= {"rewrite": rewritten - started, "write": time.perf_counter() - rewritten}
+    found = _verified(writer, job, seconds) if verify else None
+    files = {str(f.relative_to(job.directory)): f.stat().st_size for f in _files(job.directory)}
+    described = {"format": writer.name, "options": job.options.model_dump(mode="json"), **facts}
+    described["verified"] = found.to_json() if found else None
+    report = collect(
+        before,
+        job.program,
+        recipe=job.recipe,
+        target=target,
+        backend=writer.backend(job.program) or writer.name,
+        coverage=writer.coverage(job).to_json(),
+        seconds=seconds,
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+    report.export = {**described, "files": files}
+    report.artifact_bytes = sum(files.values())
+    report.save(job.directory / "report.json")
+    (job.directory / "report.html").write_text(render(report))
+    backend = writer.backend(job.program)
+    artifact.write_manifest(job.directory, target, backend, job.recipe.to_data(), export=described)
+
+
+def _verified(writer: Format, job: Export, seconds: dict[str, float]) -> Verified:
+    job.progress("verify", 0.9)
+    started = time.perf_counter()
+    found = writer.verify(job)
+    seconds["verify"] = time.perf_counter() - started
+    if not found.relative_error <= found.limit:
+        raise BackendError(
+            f"The exported model does not compute what the program computes: its error is {found.relative_error:.3g}, "
+            f"and rounding explains {found.limit:g}",
+            where=f"format {writer.name}, run on {found.runtime}",
+            fix="Nothing was written. This is a defect of the export",
+        )
+    return found
+
+
+def validated(writer: Format, given: Mapping[str, Any]) -> FormatOptions:
+    """The format's options from names and values.
+
+    Raises:
+        BackendError: an unknown name, with the nearest right one, or a value that is out of bounds.
+    """
     try:
-        return exporter.options(**given)
+        return writer.options(**given)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
+        known = writer.options.model_fields
         if first["type"] == "extra_forbidden":
-            known = exporter.options.model_fields
-            raise BackendError(f"Format {exporter.name} has no option {name!r}", fix=nearest(name, known)) from error
-        raise BackendError(f"Option {name} of {exporter.name} is {first['input']!r}: {first['msg']}") from error
+            fix = nearest(name, known) if known else "It has no options"
+            raise BackendError(f"Format {writer.name} has no option {name!r}", fix=fix) from error
+        what = f"Option {name} of {writer.name} is {first['input']!r}" if name else f"Options of {writer.name}"
+        raise BackendError(f"{what}: {first['msg'].removeprefix('Value error, ')}") from error
 
 
-def _aoti(model: Any, output: Path, recipe: Recipe, overwrite: bool, options: CompileOptions) -> Path:
-    return compile(model, recipe, "cpu", options=options).save(output, overwrite=overwrite)
+def _config(model: Any) -> dict[str, Any] | None:
+    """The configuration of a Hugging Face model as plain data."""
+    config = getattr(model, "config", None)
+    return config.to_dict() if hasattr(config, "to_dict") else None
 
 
-def _torch_export(model: Any, output: Path, recipe: Recipe, overwrite: bool, options: CompileOptions) -> Path:
-    if output.exists() and not overwrite:
-        raise BackendError(f"{output} exists already", fix="Choose another file, or pass --force")
-    source = open_model(model, keep_codes=recipe.reads_codes)
-    program = rewrite(capture(source.model, source.example_inputs), recipe, Target.parse("cpu"), options)
-    archive = exported_program(program)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(suffix=".pt2", dir=output.parent)
-    os.close(handle)
-    try:
-        torch.export.save(archive, temporary)
-        os.replace(temporary, output)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return output
+def _tokenizer(source: Source) -> Path | None:
+    return Path(source.tokenizer_directory) if source.tokenizer_directory else None
 
 
-def exported_program(program: Program) -> torch.export.ExportedProgram:
-    """The program as a torch.export program over its inputs and state, in the contract's order."""
-    contract = program.contract
-    symbols = {d.name: torch.export.Dim(d.name, min=d.min, max=d.max) for d in contract.dims}
-    sizes = contract.sizes({"sequence": 7, "keys": 11, "capacity": 17})
-    inputs: dict[str, Tensor] = {**contract.draw(sizes), **contract.allocate(sizes)}
-    shapes = {s.name: s.shape for s in (*contract.inputs, *contract.state)}
-    dynamic = tuple(
-        {axis: symbols[dim] for axis, dim in enumerate(shapes[name]) if isinstance(dim, str)} for name in contract.names
-    )
-    with torch.no_grad():
-        return torch.export.export(
-            program.module, tuple(inputs[name] for name in contract.names), dynamic_shapes=dynamic, strict=False
-        )
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
-FORMATS = {"torch-export": _torch_export, "aoti": _aoti}
-"""Writers by format name."""
+__all__ = ["Report", "export", "formats", "validated"]

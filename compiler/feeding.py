@@ -55,7 +55,9 @@ def _fill(spec: InputSpec, input_ids: Tensor, mask: Tensor, steps: Tensor) -> Te
         return input_ids
     if spec.role == "attention_mask":
         return mask
-    if spec.role == "position":
+    if spec.role == "tree_mask":
+        return torch.zeros(len(steps), len(steps))
+    if spec.role in ("position", "slot"):
         return torch.where(mask.bool(), steps, -1)
     if spec.role == "key_position":
         return steps

@@ -15,6 +15,7 @@ A failure names the pass, the first node whose value differs, and how to reprodu
 
 import difflib
 import gc
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,9 +59,12 @@ Observer = Callable[[PassRecord, Program, Program], None]
 def plan_passes(recipe: Recipe, program: Program | None = None) -> list[Pass]:
     """All passes to run, raising included, in an order that satisfies requires, after and recipe order.
 
+    Approximate passes run in the order in which the recipe lists them. Others, which do not change what the program
+    computes, are put where they are needed.
+
     Raises:
-        RecipeError: a cycle, a requirement nobody provides, or two passes that exclude each other; both sides
-            are named.
+        RecipeError: a cycle, a requirement nobody provides, two passes that exclude each other, or two approximate
+            ones that are listed in an order that cannot be; both sides are named.
     """
     done = {record.name for record in program.history} if program else set()
     raising = [registry.pass_class(n)() for n, m in registry.pass_files().items() if m.startswith(RAISING)]
@@ -68,7 +72,7 @@ def plan_passes(recipe: Recipe, program: Program | None = None) -> list[Pass]:
     held = {prop for name in done for prop in registry.pass_class(name).provides}
     _complete(passes, held)
     _refuse_conflicts(passes, held)
-    return _order(passes)
+    return _order(passes, recipe.passes)
 
 
 def _complete(passes: list[Pass], held: set[str]) -> None:
@@ -99,20 +103,41 @@ def _refuse_conflicts(passes: Sequence[Pass], held: set[str]) -> None:
                 raise RecipeError(f"Pass {one.name} excludes {prop}, which comes from {found}")
 
 
-def _order(passes: Sequence[Pass]) -> list[Pass]:
+def _order(passes: Sequence[Pass], listed: Sequence[Pass] = ()) -> list[Pass]:
     graph: networkx.DiGraph[int] = networkx.DiGraph()
     graph.add_nodes_from(range(len(passes)))
     for later, wanting in enumerate(passes):
         for earlier, providing in enumerate(passes):
-            needed = set(wanting.requires) | set(wanting.after)
-            if earlier != later and needed & set(providing.provides):
+            if earlier != later and _awaited(wanting, providing):
                 graph.add_edge(earlier, later)
-    try:
-        order = networkx.lexicographical_topological_sort(graph, key=lambda i: i)
-        return [passes[i] for i in order]
-    except networkx.NetworkXUnfeasible:
+    if not networkx.is_directed_acyclic_graph(graph):
         cycle = [passes[edge[0]].name for edge in networkx.find_cycle(graph)]
-        raise RecipeError(f"No order satisfies all requirements: {' needs '.join([*cycle, cycle[0]])}") from None
+        raise RecipeError(f"No order satisfies all requirements: {' needs '.join([*cycle, cycle[0]])}")
+    meant = [i for i, one in enumerate(passes) if one.kind == "approximate" and any(one is p for p in listed)]
+    for first, second in itertools.combinations(meant, 2):
+        if networkx.has_path(graph, second, first):
+            chain = [passes[i] for i in networkx.shortest_path(graph, second, first)]
+            raise _contradiction(chain)
+    graph.add_edges_from(itertools.combinations(meant, 2))
+    return [passes[i] for i in networkx.lexicographical_topological_sort(graph, key=lambda i: i)]
+
+
+def _awaited(wanting: Pass, providing: Pass) -> list[str]:
+    """The properties of one pass that another one must find in the program."""
+    return sorted((set(wanting.requires) | set(wanting.after)) & set(providing.provides))
+
+
+def _contradiction(chain: Sequence[Pass]) -> RecipeError:
+    """The error for a recipe that lists the last pass of a chain, whose order is a must, before the first."""
+    early, late = chain[0].name, chain[-1].name
+    reasons = [
+        f"{later.name} works on what is {', '.join(_awaited(later, earlier))} and {earlier.name} makes it so"
+        for earlier, later in itertools.pairwise(chain)
+    ]
+    return RecipeError(
+        f"The recipe lists {late} before {early}, which must come first: {'; '.join(reasons)}",
+        fix=f"List {early} before {late}",
+    )
 
 
 @dataclass

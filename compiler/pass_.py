@@ -104,6 +104,11 @@ class Pass(BaseModel):
         """Whether the pass, with these options, measures activations and so wants calibration inputs."""
         return False
 
+    @property
+    def weight_formats(self) -> tuple[str, ...]:
+        """Formats of `graphwright.packing` in which the pass, with these options, may store weights."""
+        return ()
+
     def leftover(self, program: Program) -> str | None:
         """What contradicts `provides` in the finished program, or None; checked by the manager."""
         return None

@@ -8,7 +8,9 @@
     budget: {kl: 0.5}
 
 Raising passes are not listed: they are a stage of every compile. The manager orders the listed passes by what they
-require and provide, and adds a required one that has only one provider.
+require and provide, and adds a required one that has only one provider. Approximate passes run in the order in which
+they are listed, and an order in which they cannot work is refused: quantizing before pruning is something else than
+pruning before quantizing. Exact and structural ones may be listed anywhere.
 """
 
 import functools

@@ -15,10 +15,10 @@ from graphwright.errors import BackendError, RecipeError, nearest
 
 if TYPE_CHECKING:
     from graphwright.backend import Backend
-    from graphwright.exporting import Exporter
+    from graphwright.export_format import Format
     from graphwright.pass_ import Pass
 
-PASSES, BACKENDS = "graphwright.passes", "graphwright.backends"
+PASSES, BACKENDS, FORMATS = "graphwright.passes", "graphwright.backends", "graphwright.formats"
 
 
 @functools.cache
@@ -71,39 +71,41 @@ def backend(name: str) -> "Backend":
         BackendError: there is none, and the nearest name is given; or a package that it needs is not installed.
     """
     if name not in backend_names():
-        compiling = [known for known in backend_names() if _format(known) not in exporter_names()]
-        raise BackendError(f"Unknown backend {name!r}", fix=nearest(name, compiling))
+        raise BackendError(f"Unknown backend {name!r}", fix=nearest(name, backend_names()))
     module = _with_extra(f"{BACKENDS}.{name}", f"Backend {name}", name)
     if not hasattr(module, "BACKEND"):
         raise BackendError(
-            f"{name} is a format to export to, and compiles nothing", fix=f"graphwright export --format {_format(name)}"
+            f"{name} is a format to export to, and compiles nothing",
+            fix=f"graphwright export --format {name.replace('_', '-')}",
         )
     made: Backend = module.BACKEND
     return made
 
 
 @functools.cache
-def exporter_names() -> tuple[str, ...]:
-    """Formats of the backends that export: those with a module `exporter`. None of them is imported."""
-    root = importlib.import_module(BACKENDS)
-    folders = [Path(folder) for folder in root.__path__]
-    exporting = [name for name in backend_names() if any((f / name / "exporter.py").is_file() for f in folders)]
-    return tuple(map(_format, exporting))
+def format_files() -> dict[str, str]:
+    """Module path of every export format, by the format's name. None of them is imported.
+
+    A format `some-name` is `graphwright/formats/some_name.py`, or the `exporter` of the backend `some_name`.
+    """
+    found = {module.rpartition(".")[2]: module for module in _modules(FORMATS)}
+    folders = [Path(folder) for folder in importlib.import_module(BACKENDS).__path__]
+    for name in backend_names():
+        if any((folder / name / "exporter.py").is_file() for folder in folders):
+            found[name] = f"{BACKENDS}.{name}.exporter"
+    return {name.replace("_", "-"): module for name, module in found.items() if not name.startswith("_")}
 
 
-def _format(name: str) -> str:
-    """What the format of a backend's folder is called."""
-    return name.replace("_", "-")
-
-
-def exporter(name: str) -> "Exporter":
-    """The exporter called `name`, one of `exporter_names()`.
+def export_format(name: str) -> "Format":
+    """The export format called `name`.
 
     Raises:
-        BackendError: a package that it needs is not installed.
+        BackendError: there is none, and the nearest name is given; or a package that it needs is not installed.
     """
-    folder = name.replace("-", "_")
-    made: Exporter = _with_extra(f"{BACKENDS}.{folder}.exporter", f"Format {name}", name).EXPORTER
+    files = format_files()
+    if name not in files:
+        raise BackendError(f"Unknown export format {name!r}", fix=nearest(name, files))
+    made: Format = _with_extra(files[name], f"Format {name}", name).FORMAT
     return made
 
 

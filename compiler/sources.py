@@ -31,9 +31,9 @@ from urllib.parse import urlsplit
 import torch
 from torch import nn
 
-from graphwright.checkpoints.reading import gguf_notes, read_directory, read_gguf
 from graphwright.engine.tokenizer import Tokenizer
 from graphwright.errors import GraphwrightError, SourceError, nearest
+from graphwright.interchange.reading import gguf_notes, read_directory, read_gguf
 from graphwright.program import Metadata
 
 TOKENIZER_FILES = (

@@ -8,6 +8,7 @@ Peak rates are the vendors' dense figures for one device and serve estimates onl
 number of cores and the instruction set found here.
 """
 
+import ctypes
 import functools
 import os
 from dataclasses import dataclass, field, replace
@@ -137,6 +138,11 @@ CPU_FEATURES = (
     "asimd", "asimddp", "i8mm", "sve",
 )  # fmt: skip
 
+TILE_FEATURES = ("amx_int8", "amx_bf16")
+
+ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18
+"""The x86-64 system call, its ARCH_REQ_XCOMP_PERM, and the number of AMX's tile registers among CPU states."""
+
 BANDWIDTH_PER_CORE = 10.5e9
 """Bytes per second that one core reads from DRAM, an estimate where no measurement is given."""
 
@@ -170,4 +176,12 @@ def cpu_features() -> tuple[str, ...]:
     except OSError:
         return ()
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "").split()
-    return tuple(feature for feature in CPU_FEATURES if feature in flags)
+    found = tuple(feature for feature in CPU_FEATURES if feature in flags)
+    if any(feature in TILE_FEATURES for feature in found) and not _tile_registers_granted():
+        return tuple(feature for feature in found if feature not in TILE_FEATURES)
+    return found
+
+
+def _tile_registers_granted() -> bool:
+    """Asks Linux for the registers of AMX, which a process may use only after it has asked."""
+    return ctypes.CDLL(None).syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA) == 0

@@ -13,13 +13,18 @@ from graphwright.sources import demo_model
 @pytest.mark.real_model
 @pytest.mark.slow
 def test_int4_end_to_end(tmp_path):
-    compiled = graphwright.compile(demo_model(), "int4")
+    compiled = graphwright.compile(demo_model(), "int4", evaluate=2)
     counts = compiled.report.ops["after"]
     assert counts["attention"] == 30
     assert counts["rms_norm"] == 61
     assert counts["rope"] == 60
     assert counts["gated_activation"] == 30
     assert counts["kv_cache_update"] == 60
+    measured = compiled.report.accuracy
+    assert measured["tokens"] == 254
+    assert measured["reference_perplexity"] < measured["perplexity"] < 2 * measured["reference_perplexity"]
+    assert 0.01 < measured["mean_kl"] < 0.5
+    assert 0.6 < measured["greedy_agreement"] < 1
     compiled.save(tmp_path / "int4")
     size = sum(file.stat().st_size for file in (tmp_path / "int4").rglob("*") if file.is_file())
     assert size < 110e6

@@ -25,15 +25,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor
 
 from graphwright import ops, packing
-from graphwright.backend import Progress
 from graphwright.backends.compressed_tensors.layers import CARRIED, Written, write_layer
 from graphwright.contract import DTYPES
 from graphwright.errors import BackendError, RecipeError
+from graphwright.export_format import Export, Format, FormatOptions, Verified, error_limit
 from graphwright.match import argument
 from graphwright.numerics import relative_error
 from graphwright.origin import Origin
@@ -52,21 +52,32 @@ BESIDE = ("smoothquant", "activations", "magnitude", "wanda", "sparsegpt")
 CARRIES = f"It carries weights in {', '.join(CARRIED)} with zero points in codes, and {', '.join(BESIDE)}"
 
 
-class CompressedTensorsOptions(BaseModel):
+class CompressedTensorsOptions(FormatOptions):
     """Options of the format."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
         "float32", description="of scales and of what is not quantized; float32 keeps the program's numbers"
     )
 
 
-class CompressedTensorsExporter:
+class CompressedTensors(Format):
     """Writes programs as compressed-tensors directories."""
 
     name = "compressed-tensors"
-    options: type[BaseModel] = CompressedTensorsOptions
+    options = CompressedTensorsOptions
+
+    def require(self, options: Any, *, verify: bool) -> None:
+        """Refuses verification where nothing reads the format.
+
+        Raises:
+            BackendError: transformers or the package compressed-tensors is missing.
+        """
+        for package in READERS if verify else ():
+            if importlib.util.find_spec(package) is None:
+                raise BackendError(
+                    f"The package {package}, which reads the format, is not installed",
+                    fix="pip install 'graphwright[compressed-tensors]'",
+                )
 
     def recipe(self, recipe: Recipe, options: Any) -> Recipe:
         """The recipe without passes that change the layout, and with head and embedding in floating point.
@@ -82,62 +93,72 @@ class CompressedTensorsExporter:
             )
         return recipe.model_copy(update={"passes": tuple(kept)})
 
-    def write(
-        self, program: Program, directory: Path, origin: Origin, options: Any, progress: Progress
-    ) -> dict[str, Any]:
-        """Writes everything but the manifest into an existing directory.
+    def write(self, export: Export) -> dict[str, Any]:
+        """Config, weights and the tokenizer's files.
 
         Raises:
             BackendError: the model is none of `transformers`, or the program holds what its modules have no place for.
         """
-        if origin.config is None:
+        program, origin, directory = export.program, export.origin, export.directory
+        if export.config is None:
             raise BackendError("Only models of transformers have a config.json to write", fix="Give such a model")
         _refuse_experts(program, origin)
-        dtype = DTYPES[options.dtype]
-        progress("write", 0.0)
+        dtype = DTYPES[export.options.dtype]
         layers = _layers(program, origin, dtype)
         tensors = {f"{one.module}.{name}": t for one in layers for name, t in one.tensors.items()}
         tensors.update(_floats(program, origin, {one.module for one in layers}, dtype))
+        export.progress("write", 0.8)
         save_file(unshared(tensors), directory / "model.safetensors", {"format": "pt"})
         groups, ignore = _groups(layers, origin)
-        quantization = {
-            "quant_method": "compressed-tensors",
-            "format": _overall(groups),
-            "quantization_status": "compressed",
-            "config_groups": groups,
-            "ignore": ignore,
-            "kv_cache_scheme": None,
-            "global_compression_ratio": None,
+        described = {
+            # A model that was built from its class alone does not know what it is called.
+            "architectures": [origin.class_name],
+            "dtype": export.options.dtype,
+            "quantization_config": _quantization(groups, ignore),
         }
-        config = {**origin.config, "dtype": options.dtype, "quantization_config": quantization}
-        _write_json(directory / "config.json", config)
+        _write_json(directory / "config.json", {**export.config, **described})
         if origin.generation_config is not None:
             _write_json(directory / "generation_config.json", origin.generation_config)
-        if origin.tokenizer is not None:
-            shutil.copytree(origin.tokenizer, directory, dirs_exist_ok=True)
-        return {"layers": len(layers), "groups": len(groups), **options.model_dump()}
+        if export.tokenizer is not None:
+            shutil.copytree(export.tokenizer, directory, dirs_exist_ok=True)
+        return {"layers": len(layers), "groups": len(groups)}
 
-    def verify(self, program: Program, directory: Path) -> dict[str, float]:
-        """Loads what was written with `transformers`: largest relative error of the logits against `program`.
+    def verify(self, export: Export) -> Verified:
+        """Loads what was written with `transformers` and compares the logits.
 
         Raises:
             BackendError: transformers or the package compressed-tensors is missing.
         """
-        for package in ("transformers", "compressed_tensors"):
-            if importlib.util.find_spec(package) is None:
-                raise BackendError(f"The package {package}, which reads the format, is not installed", fix=INSTALL)
-        transformers = importlib.import_module("transformers")
-        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
+        program = export.program
+        transformers, package = (importlib.import_module(name) for name in READERS)
+        model = transformers.AutoModelForCausalLM.from_pretrained(export.directory, dtype="auto").eval()
         ids = torch.randint(program.metadata.vocab_size, (1, VERIFY_TOKENS), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             found = model(input_ids=ids, use_cache=False).logits
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         expected = program(**{name: tensor for name, tensor in given.items() if name in program.contract.names})[0]
-        return {"relative_error": relative_error(found.float(), expected.float())}
+        runtime = f"transformers {transformers.__version__}, compressed-tensors {package.__version__}"
+        error = relative_error(found.float(), expected.float())
+        return Verified(error, None, runtime, error_limit(program, (found,)))
 
+
+def _quantization(groups: dict[str, Any], ignore: list[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json."""
+    return {
+        "quant_method": "compressed-tensors",
+        "format": _overall(groups),
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+READERS = ("transformers", "compressed_tensors")
+"""Packages that read the format."""
 
 VERIFY_TOKENS = 33
-INSTALL = "pip install 'graphwright[compressed-tensors]'"
 
 
 def _carried(one: Pass) -> Pass:
@@ -147,9 +168,10 @@ def _carried(one: Pass) -> Pass:
         return one
     if not isinstance(one, WeightQuantizer) or provides != {"quantized"}:
         raise RecipeError(f"compressed-tensors cannot carry what pass {one.name} makes", fix=CARRIES)
-    if type(one).compensate is not WeightQuantizer.compensate:
+    own = (type(one).compensate, type(one).install, type(one).restore)
+    if own != (WeightQuantizer.compensate, WeightQuantizer.install, WeightQuantizer.restore):
         raise RecipeError(
-            f"Pass {one.name} adds to a layer's product, which compressed-tensors cannot carry", fix=CARRIES
+            f"Pass {one.name} stores weights in a form of its own, which compressed-tensors cannot carry", fix=CARRIES
         )
     for pattern, options in {"": LayerOptions(), **one.layers}.items():
         scheme = options.apply(one.scheme())
@@ -276,4 +298,4 @@ def _write_json(file: Path, data: dict[str, Any]) -> None:
     file.write_text(json.dumps(data, indent=2, sort_keys=True, default=str) + "\n")
 
 
-EXPORTER = CompressedTensorsExporter()
+FORMAT = CompressedTensors()

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from graphwright import ops, packing
-from graphwright.checkpoints.words import pack_words
 from graphwright.errors import BackendError
+from graphwright.interchange.words import pack_words
 from graphwright.match import argument
 from graphwright.program import Program
 

@@ -9,34 +9,28 @@ manifest.json                 versions, recipe, and the size and SHA-256 of ever
 """
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel
 
 from graphwright import ops
-from graphwright.backend import Progress
 from graphwright.backends.onnx import model as files
 from graphwright.backends.onnx import ort
 from graphwright.backends.onnx.genai import write_config
 from graphwright.backends.onnx.options import OnnxOptions
-from graphwright.backends.onnx.quantized import FOUR_BIT_OPSET
-from graphwright.backends.onnx.runtime import Session, padded_batch
+from graphwright.backends.onnx.runtime import Session, import_runtime, padded_batch
 from graphwright.errors import BackendError, RecipeError
-from graphwright.match import argument
+from graphwright.export_format import Export, Format, Verified, error_limit
 from graphwright.numerics import relative_error
-from graphwright.origin import Origin
 from graphwright.pass_ import Pass
-from graphwright.program import Program
 from graphwright.recipe import Recipe, make_pass
-
-CARRIED = {"ort": ("int8", "int4"), "standard": ("int8", "int4"), "tensorrt": ("int8", "int4", "fp8_e4m3")}
-"""Weight formats that each profile has a form for."""
 
 REPLACED = {"kv_cache", "selected_logits"}
 """Properties whose passes give way to explicit caches and the logits of every token."""
+
+SPARSE = {"compressed_sparse"}
+"""Properties whose passes store weights without their zeros."""
 
 LEFT_OUT = REPLACED | {"experts"}
 """Properties whose passes are not run: experts are written as products of sorted rows."""
@@ -44,18 +38,31 @@ LEFT_OUT = REPLACED | {"experts"}
 VERIFY_TOKENS = 33
 
 
-class OnnxExporter:
+class Onnx(Format):
     """Writes programs as ONNX."""
 
     name = "onnx"
-    options: type[BaseModel] = OnnxOptions
+    options = OnnxOptions
+
+    def require(self, options: Any, *, verify: bool) -> None:
+        """Refuses verification where nothing runs the model.
+
+        Raises:
+            BackendError: ONNX Runtime is missing.
+        """
+        if verify:
+            import_runtime()
 
     def recipe(self, recipe: Recipe, options: Any) -> Recipe:
-        """The recipe with explicit caches instead of caches in place.
+        """The recipe with explicit caches instead of caches in place, and codes with their zeros.
 
         Raises:
             RecipeError: a pass needs what ONNX cannot carry.
         """
+        if any("quantized" in one.provides for one in recipe.passes):
+            # Codes stand for zeros too, and take less than the zeros of a dense weight in floating point.
+            passes = tuple(one for one in recipe.passes if not SPARSE & set(one.provides))
+            recipe = recipe.model_copy(update={"passes": passes})
         for one in recipe.passes:
             _refuse_format(one, options)
             if REPLACED & set(one.requires):
@@ -67,35 +74,33 @@ class OnnxExporter:
         cached = any(REPLACED & set(one.provides) for one in recipe.passes)
         return recipe.model_copy(update={"passes": (*kept, *([make_pass("explicit_cache")] if cached else []))})
 
-    def write(
-        self, program: Program, directory: Path, origin: Origin, options: Any, progress: Progress
-    ) -> dict[str, Any]:
-        """Writes everything but the manifest into an existing directory.
+    def write(self, export: Export) -> dict[str, Any]:
+        """The model with its weights, the tokenizer's files, and the configuration for onnxruntime-genai.
 
         Raises:
             BackendError: the program holds what the profile cannot carry.
         """
-        for node in program.calls(ops.quantized_linear.target, ops.quantized_embedding.target):
-            _require_carried(str(argument(node, "format")), options)
-        progress("translate", 0.0)
+        program, options = export.program, export.options
+        export.progress("translate to ONNX", 0.6)
         built = files.build(program, options)
-        progress("write", 0.5)
-        files.save(built, directory)
-        if origin.tokenizer is not None:
-            shutil.copytree(origin.tokenizer, directory, dirs_exist_ok=True)
+        export.progress("write", 0.8)
+        files.save(built, export.directory)
+        if export.tokenizer is not None:
+            shutil.copytree(export.tokenizer, export.directory, dirs_exist_ok=True)
         fitting = options.profile == "ort" and all(map(ort.fits, program.calls(ops.attention.target)))
-        genai = write_config(program, directory, in_place=fitting)
-        return {"nodes": built.graph.num_nodes(), "genai": genai, **options.model_dump()}
+        genai = write_config(program, export.directory, in_place=fitting)
+        return {"nodes": built.graph.num_nodes(), "genai": genai}
 
-    def verify(self, program: Program, directory: Path) -> dict[str, float]:
-        """Runs what was written on ONNX Runtime: largest relative error of the logits against `program`, and speed.
+    def verify(self, export: Export) -> Verified:
+        """Runs what was written on ONNX Runtime, prefill and decode, and compares the logits.
 
         Raises:
             BackendError: ONNX Runtime is missing or does not run the model.
         """
+        program = export.program
         if not any(spec.name == "key_mask" for spec in program.contract.inputs):
             raise BackendError("Only language models with caches can be verified", fix="Use a recipe with static_cache")
-        session = Session(directory)
+        session = Session(export.directory)
         ids, mask = padded_batch(program.metadata.vocab_size)
         length = ids.shape[1]
         places = (mask.cumsum(1) - 1).clamp(min=0)
@@ -114,35 +119,22 @@ class OnnxExporter:
         found = torch.from_numpy(np.concatenate(parts, 1))
         kept = mask.bool()
         _, seconds = session.greedy(ids[0].tolist(), VERIFY_TOKENS)
-        return {"relative_error": relative_error(found[kept], expected[kept]), "tokens_per_second": 1 / seconds}
+        error = relative_error(found[kept], expected[kept])
+        return Verified(error, 1 / seconds, session.runtime, error_limit(program, (expected,)))
 
 
 def _refuse_format(one: Pass, options: OnnxOptions) -> None:
-    """Refuses, before any work, a pass whose options ask for codes that the file cannot hold."""
-    if "quantized" not in one.provides:
-        return
-    for name, value in one.model_dump().items():
-        if name == "format" or name.endswith("_format"):
-            _require_carried(str(value), options, where=f"option {name} of pass {one.name}")
-        elif (name == "bits" or name.endswith("_bits")) and value:
-            _require_carried(f"int{value}", options, where=f"option {name} of pass {one.name}")
-
-
-def _require_carried(format: str, options: OnnxOptions, where: str = "") -> None:
-    carried = CARRIED[options.profile]
-    if format not in carried:
+    """Refuses, before any work, a pass whose options ask for weights that the file cannot hold."""
+    for format in one.weight_formats:
+        refusal = options.refusal(format)
+        if refusal:
+            raise RecipeError(refusal[0], where=f"pass {one.spec()}", fix=refusal[1])
+    if SPARSE & set(one.provides) and not options.decompose:
         raise RecipeError(
-            f"Profile {options.profile} of ONNX cannot carry weights of format {format}",
-            where=where,
-            fix=f"It carries {', '.join(carried)}",
-        )
-    narrow = options.profile == "standard" and options.opset < FOUR_BIT_OPSET and not options.wide_codes
-    if format == "int4" and narrow:
-        raise RecipeError(
-            f"Opset {options.opset} of ai.onnx has no 4-bit type",
-            where=where,
-            fix="Set opset=24 or profile=ort, or wide_codes=true, which stores each code in 8 bits",
+            "ONNX has no form for weights without their zeros",
+            where=f"pass {one.name}",
+            fix="Leave the pass out, or set decompose=true, which writes the zeros in full",
         )
 
 
-EXPORTER = OnnxExporter()
+FORMAT = Onnx()

@@ -175,7 +175,11 @@ def quantized_linear(t: Translator, node: fx.Node) -> ir.Value:
     name = str(argument(node, "weight").target)
     assert weight is not None and scale is not None  # noqa: S101, PT018
     bits = packing.FORMATS[format].bits
-    if not block_size(scale.shape[1], group_size) or (bits == 8 and not t.options.integer_products):
+    if (
+        format not in ("int4", "int8")
+        or not block_size(scale.shape[1], group_size)
+        or (bits == 8 and not t.options.integer_products)
+    ):
         return plain_linear(t, node)
     features, outputs = int(node.args[0].meta["val"].shape[-1]), int(weight.shape[0])
     b = t.builder

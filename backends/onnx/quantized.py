@@ -2,6 +2,9 @@
 
 A weight [N, K] in G groups is stored as rows [N * G, group_size] with one scale and one zero point each, which
 DequantizeLinear has read since opset 13; 4-bit codes are of type UINT4, which it has read since opset 21.
+
+Where asked to decompose, what has no such form is written in plain operators: codes of 2 and 3 bits in 8 bits each,
+codes that stand for the entries of a table as a lookup, FP8 as a cast, and sparse weights with their zeros.
 """
 
 from typing import Any
@@ -11,10 +14,9 @@ import torch
 from torch import Tensor, fx
 
 from graphwright import ops, packing
+from graphwright.backends.onnx.options import FOUR_BIT_OPSET
 from graphwright.backends.onnx.translate import OfNode, Translator, onnx_dtype
 from graphwright.match import argument
-
-FOUR_BIT_OPSET = 21
 
 
 def dequantized(t: Translator, node: fx.Node) -> tuple[ir.Value, int]:
@@ -25,20 +27,57 @@ def dequantized(t: Translator, node: fx.Node) -> tuple[ir.Value, int]:
     assert weight is not None and scale is not None  # noqa: S101, PT018
     outputs, groups = scale.shape
 
+    refusal = t.options.refusal(format)
+    if refusal:
+        raise t.refuse(*refusal)
+
     def make() -> ir.Value:
         b = t.builder
         codes = packing.unpack(weight, format, group_size).reshape(outputs * groups, group_size)
-        stored = _stored(t, f"{name}_codes", codes, format)
-        points = zeros(zero_point, scale, format)
-        if points.is_floating_point():
-            raise t.refuse("Zero points between codes have no form in DequantizeLinear", "Use profile=ort")
-        zero = _stored(t, f"{name}_codes_zero", points.reshape(-1), format) if points.any() else None
-        scales = b.weight(f"{name}_codes_scale", scale.float().reshape(-1))
-        rows = b("DequantizeLinear", stored, scales, zero, axis=0)
+        if t.options.profile == "ort" and zero_point is None and _is_table(t, node):
+            return _table_rows(t, name, codes, scale.float().reshape(-1))
+        rows = _rows(t, f"{name}_codes", codes, scale.float().reshape(-1), zeros(zero_point, scale, format), format)
         return rows if groups == 1 else b("Reshape", rows, b.ints([outputs, groups * group_size]))
 
     made: ir.Value = t.shared_value(("dequantized", name), make)
     return made, groups * group_size
+
+
+def _is_table(t: Translator, node: fx.Node) -> bool:
+    """Whether the weight is a token table too, which ONNX Runtime's operator reads as whole unsigned bytes."""
+    whole = int(argument(node, "group_size")) == int(node.args[0].meta["val"].shape[-1])
+    if argument(node, "format") != "int8" or not whole:
+        return False
+    name = argument(node, "weight").target
+    tables = t.program.calls(ops.quantized_embedding.target)
+    return any(argument(table, "weight").target == name for table in tables)
+
+
+def _table_rows(t: Translator, name: str, codes: Tensor, scale: Tensor) -> ir.Value:
+    """Float32 rows [N, K] over the very tensor of the token lookup: a head that is tied to it costs no bytes."""
+    b = t.builder
+    stored = b.weight(f"{name}_table", (codes.to(torch.int16) + 128).to(torch.uint8))
+    zero = b.weight(f"{name}_table_zero", torch.full(scale.shape, 128, dtype=torch.uint8))
+    return b("DequantizeLinear", stored, b.weight(f"{name}_codes_scale", scale), zero, axis=0)
+
+
+def _rows(t: Translator, name: str, codes: Tensor, scale: Tensor, points: Tensor, format: str) -> ir.Value:
+    """Float32 rows [R, group_size] from codes, scales [R] and zero points [N, G]."""
+    b, kind = t.builder, packing.FORMATS[format]
+    scales = b.weight(f"{name}_scale", scale if kind.integer and not points.is_floating_point() else scale[:, None])
+    if kind.table:
+        table = b.constant(list(kind.table), ir.DataType.FLOAT)
+        places = b("Cast", b.weight(name, codes), to=ir.DataType.INT32)
+        return b("Mul", b("Gather", table, places, axis=0), scales)
+    if kind.dtype is not None:
+        return b("Mul", b("Cast", b.weight(name, codes.view(kind.dtype)), to=ir.DataType.FLOAT), scales)
+    stored = _stored(t, name, codes, format)
+    if points.is_floating_point():
+        # Zero points between codes have no place in DequantizeLinear.
+        between = b.weight(f"{name}_zero", points.float().reshape(-1, 1))
+        return b("Mul", b("Sub", b("Cast", stored, to=ir.DataType.FLOAT), between), scales)
+    zero = _stored(t, f"{name}_zero", points.reshape(-1), format) if points.any() else None
+    return b("DequantizeLinear", stored, scales, zero, axis=0)
 
 
 def zeros(zero_point: Tensor | None, scale: Tensor, format: str) -> Tensor:
@@ -55,13 +94,38 @@ def _stored(t: Translator, name: str, codes: Tensor, format: str) -> ir.Value:
     if packing.FORMATS[format].bits != 4 or t.options.opset < FOUR_BIT_OPSET:
         return t.builder.weight(name, codes.to(packing.FORMATS[format].storage))
     if codes.shape[-1] % 2:
-        raise t.refuse("An odd number of 4-bit codes cannot be packed", "Use profile=ort")
+        return t.builder.weight(name, codes.to(packing.FORMATS[format].storage))
     pairs = codes.to(torch.uint8).unflatten(-1, (-1, 2))
     return t.builder.weight(name, pairs[..., 0] | (pairs[..., 1] << 4), ir.DataType.UINT4)
 
 
 def quantized_linear(t: Translator, node: fx.Node) -> ir.Value:
-    """The product with the dequantized weight, whose padding is cut off.
+    """The product with the dequantized weight; see `product`."""
+    return product(t, node, *dequantized(t, node))
+
+
+def sparse_linear(t: Translator, node: fx.Node) -> ir.Value:
+    """The product with the weight and all of its zeros.
+
+    Raises:
+        RefusalError: this was not asked for.
+    """
+    if not t.options.decompose:
+        raise t.refuse("ONNX has no form for weights without their zeros", "Set decompose=true")
+    features = int(node.args[0].meta["val"].shape[-1])
+    name = f"{argument(node, 'values').target}_dense"
+
+    def make() -> ir.Value:
+        # The op on the identity is its transposed weight, in every layout.
+        stored = [t.tensor(one) if isinstance(one, fx.Node) else one for one in node.args[1:5]]
+        dense = ops.sparse_linear.reference(torch.eye(features), *stored, None, *node.args[6:])
+        return t.builder.weight(name, dense.T.contiguous())
+
+    return product(t, node, t.shared_value(("dense", name), make), features)
+
+
+def product(t: Translator, node: fx.Node, weight: ir.Value, width: int) -> ir.Value:
+    """The product of a node's activations with a float32 weight [N, width], whose padding is cut off.
 
     Gemm reads the weight as it lies. A transposition would cost runtimes a copy for each call, and lets ONNX Runtime
     fuse the pair into a product that rounds activations too.
@@ -69,7 +133,6 @@ def quantized_linear(t: Translator, node: fx.Node) -> ir.Value:
     b, x, bias = t.builder, t.value(node.args[0]), argument(node, "bias")
     features = int(node.args[0].meta["val"].shape[-1])
     outputs = int(node.meta["val"].shape[-1])
-    weight, width = dequantized(t, node)
     if width != features:
         weight = b("Slice", weight, b.ints([0]), b.ints([features]), b.ints([1]))
     if x.dtype != ir.DataType.FLOAT:
@@ -88,6 +151,8 @@ def quantized_embedding(t: Translator, node: fx.Node) -> ir.Value:
     name = str(argument(node, "weight").target)
     assert weight is not None and scale is not None  # noqa: S101, PT018
     kind = packing.FORMATS[format]
+    if not kind.integer:
+        raise t.refuse(f"A token table of format {format} has no form in ONNX", "Use embedding_bits=8")
     codes = packing.unpack(weight, format, group_size).to(kind.storage).unflatten(-1, (-1, group_size))
     rows = b("Cast", b("Gather", b.weight(f"{name}_rows", codes), indices, axis=0), to=ir.DataType.FLOAT)
     points = zeros(zero_point, scale, format).float().unsqueeze(-1)
@@ -106,5 +171,6 @@ def quantized_embedding(t: Translator, node: fx.Node) -> ir.Value:
 QUANTIZED: dict[Any, OfNode] = {
     ops.quantized_linear.target: OfNode(quantized_linear),
     ops.quantized_embedding.target: OfNode(quantized_embedding),
+    ops.sparse_linear.target: OfNode(sparse_linear),
 }
 """Translations of the ops over low-bit weights."""

@@ -4,6 +4,7 @@ session = Session(directory)
 tokens, seconds = session.greedy([1, 2, 3], count=16)
 """
 
+import importlib
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,21 @@ from graphwright.errors import BackendError
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
 
+def import_runtime() -> Any:
+    """The module onnxruntime.
+
+    Raises:
+        BackendError: it is not installed.
+    """
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise BackendError(
+            "Running an ONNX model needs the package onnxruntime, which is not installed",
+            fix="pip install 'graphwright[onnx]'",
+        ) from error
+
+
 class Session:
     """A loaded model and its input signature.
 
@@ -25,13 +41,7 @@ class Session:
     """
 
     def __init__(self, directory: Path, threads: int = 0) -> None:
-        try:
-            import onnxruntime
-        except ModuleNotFoundError as error:
-            raise BackendError(
-                "Running an ONNX model needs the package onnxruntime, which is not installed",
-                fix="pip install 'graphwright[onnx]'",
-            ) from error
+        onnxruntime = import_runtime()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = threads
@@ -41,6 +51,7 @@ class Session:
             )
         except Exception as error:
             raise BackendError(f"ONNX Runtime does not load {directory / MODEL}: {error}") from error
+        self.runtime = f"ONNX Runtime {onnxruntime.__version__}, CPU"
         self.inputs = {entry.name: entry for entry in self._session.get_inputs()}
         self.outputs = [entry.name for entry in self._session.get_outputs()]
 

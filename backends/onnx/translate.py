@@ -31,6 +31,14 @@ Translation = Callable[..., Any]
 """Called with the translator and the node's arguments; returns a value, or a tuple of them."""
 
 
+class RefusalError(BackendError):
+    """A node that has no form in the profile; `node` is its name."""
+
+    def __init__(self, problem: str, node: fx.Node, fix: str = "") -> None:
+        super().__init__(problem, where=describe(node), fix=fix)
+        self.node = node.name
+
+
 @dataclass(frozen=True)
 class OfNode:
     """A translation that takes the node itself, as (translator, node)."""
@@ -127,9 +135,9 @@ class Translator:
             self.shared[key] = make()
         return self.shared[key]
 
-    def refuse(self, problem: str, fix: str = "") -> BackendError:
+    def refuse(self, problem: str, fix: str = "") -> RefusalError:
         """The error for the node at hand."""
-        return BackendError(problem, where=describe(self.node), fix=fix)
+        return RefusalError(problem, self.node, fix)
 
     # The walk
 
@@ -162,12 +170,19 @@ class Translator:
             raise self.refuse(
                 f"Profile {self.options.profile} of the ONNX export has no translation for {op_name(node.target)}"
             )
-        if isinstance(translation, OfNode):
-            made = translation.write(self, node)
-        else:
-            arguments = {key: self.value(item) for key, item in node.kwargs.items()}
-            made = translation(self, *(self.value(item) for item in node.args), **arguments)
+        try:
+            made = self._translated(translation, node)
+        except RefusalError:
+            raise
+        except BackendError as error:
+            raise RefusalError(error.problem, node, error.fix) from error
         self.values[node] = self._with_types(made, node.meta["val"])
+
+    def _translated(self, translation: Translation | OfNode, node: fx.Node) -> Any:
+        if isinstance(translation, OfNode):
+            return translation.write(self, node)
+        arguments = {key: self.value(item) for key, item in node.kwargs.items()}
+        return translation(self, *(self.value(item) for item in node.args), **arguments)
 
     def _with_types(self, made: Any, fake: Any) -> Any:
         if made is None:

@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from graphwright import ops, packing
-from graphwright.backends.onnx import semantic
+from graphwright.backends.onnx import quantized, semantic
+from graphwright.backends.onnx.options import CARRIED
 from graphwright.backends.onnx.quantized import zeros
 from graphwright.backends.onnx.translate import OfNode, Translator, onnx_dtype
 from graphwright.match import argument
@@ -68,6 +69,8 @@ def dense_weight(t: Translator, node: fx.Node) -> tuple[ir.Value, ir.Value | Non
 
 def quantized_linear(t: Translator, node: fx.Node) -> ir.Value:
     """A product over codes, of weights and, where those are rounded per token, of activations."""
+    if argument(node, "format") not in CARRIED["tensorrt"]:
+        return quantized.quantized_linear(t, node)
     b, given = t.builder, node.args[0]
     features = int(given.meta["val"].shape[-1])
     dense, added, group_size = dense_weight(t, node)
@@ -93,6 +96,8 @@ def quantized_linear(t: Translator, node: fx.Node) -> ir.Value:
 
 def quantized_embedding(t: Translator, node: fx.Node) -> ir.Value:
     """Rows of the dequantized table: TensorRT lets nothing but DequantizeLinear read codes."""
+    if argument(node, "format") not in CARRIED["tensorrt"]:
+        return quantized.quantized_embedding(t, node)
     b, indices = t.builder, t.value(node.args[0])
     dense, added, group_size = dense_weight(t, node)
     rows = b("Gather", dense, indices, axis=0)

@@ -1,19 +1,20 @@
-"""The TensorRT backend: one engine per program and GPU, built ahead of time on any machine.
+"""The TensorRT backend: engines for what TensorRT takes of a program, built ahead of time on any machine.
 
 graphwright compile MODEL --recipe int4 --target tensorrt:sm_89 -o DIR
 
-1. write the program as ONNX that TensorRT's parser takes                      (backends.onnx, profile tensorrt)
-2. ask the parser about every node; name those that it refuses, and why        (engine.py)
-3. build a strongly typed engine with a decode and a prefill profile           (engine.py)
-4. on a GPU, run it over PyTorch's device memory                               (executable.py)
+1. cut the program into what TensorRT takes and what is left to PyTorch        (plan.py)
+2. write each part as ONNX, and ask the parser about every node of it          (backends.onnx, profile tensorrt)
+3. build strongly typed engines with a decode and a prefill profile            (engine.py)
+4. on a GPU, run the parts one after the other over PyTorch's device memory    (executable.py)
+
+Where TensorRT takes everything, there is one part. What stayed out, and why, is in the report.
 
 TensorRT is imported when the backend is first used, so that programs for other targets do not need it.
 """
 
 import importlib.util
 import json
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,19 @@ class TensorrtBackend:
     name = "tensorrt"
     kinds = ("tensorrt",)
 
+    def require(self) -> None:
+        """Refuses to begin without TensorRT and ONNX.
+
+        Raises:
+            BackendError: a package is missing.
+        """
+        require_packages()
+
     def supports(self, node: fx.Node, target: Target) -> Support:
         """Whether the node has a form that TensorRT's parser takes."""
-        _require_packages()
-        from graphwright.backends.onnx.exporter import CARRIED
+        require_packages()
         from graphwright.backends.onnx.model import tables
-        from graphwright.backends.onnx.options import OnnxOptions
+        from graphwright.backends.onnx.options import CARRIED, OnnxOptions
 
         if not any(node.target in table for table in tables(OnnxOptions(profile="tensorrt"))):
             return Support(False, f"profile tensorrt of ONNX has no translation for {op_name(node.target)}")
@@ -55,27 +63,20 @@ class TensorrtBackend:
         return program
 
     def compile(self, program: Program, target: Target, directory: Path, progress: Progress) -> Executable:
-        """Builds the engine.
+        """Builds an engine for each part that TensorRT takes.
 
         Raises:
-            BackendError: a package is missing, or TensorRT refuses a node; all of them are named with the reasons.
+            BackendError: a package is missing, or TensorRT takes nothing that is worth an engine; says why.
         """
-        _require_packages()
-        from graphwright.backends.onnx import model
-        from graphwright.backends.onnx.options import OnnxOptions
-        from graphwright.backends.tensorrt import engine
+        require_packages()
+        from graphwright.backends.tensorrt import plan
         from graphwright.backends.tensorrt.executable import TensorrtExecutable
 
-        self._refuse({node.name: self.supports(node, target).reason for node in program.calls()})
         progress("translate for TensorRT", 0.0)
-        with tempfile.TemporaryDirectory(prefix="graphwright-") as folder:
-            model.save(model.build(program, OnnxOptions(profile="tensorrt")), Path(folder))
-            self._refuse(engine.refused(Path(folder) / model.MODEL))
-            built = engine.build(Path(folder) / model.MODEL, program.contract, target.arch, progress)
-        path = _engine_file(directory, target)
-        path.write_bytes(built.data)
-        path.with_suffix(".json").write_text(json.dumps(built.to_json(), indent=1))
-        return TensorrtExecutable(program.contract, target, path, built.to_json())
+        answers = {node.name: self.supports(node, target) for node in program.calls()}
+        left = {name: answer.reason for name, answer in answers.items() if not answer.ok}
+        facts = plan.build(program, left, target, directory, progress)
+        return TensorrtExecutable(program.contract, target, facts, directory, program.weights())
 
     def load(self, contract: Contract, weights: Mapping[str, Tensor], target: Target, directory: Path) -> Executable:
         """The executable from a built engine.
@@ -87,59 +88,57 @@ class TensorrtBackend:
         from graphwright.backends.tensorrt.executable import TensorrtExecutable, require_gpu
 
         require_gpu(target)
-        _require_packages()
-        path = _engine_file(directory, target)
+        require_packages()
+        path = directory / f"{target.arch}.json"
         if not path.is_file():
             raise ArtifactError(f"The artifact holds no engine for {target.arch}", fix="Compile the model for it")
-        return TensorrtExecutable(contract, target, path, json.loads(path.with_suffix(".json").read_text()))
+        return TensorrtExecutable(contract, target, json.loads(path.read_text()), directory, weights)
+
+    def left(self, directory: Path, target: Target) -> dict[str, str]:
+        """The nodes that stayed out of the engines, with the reasons."""
+        found: dict[str, str] = json.loads((directory / f"{target.arch}.json").read_text())["left"]
+        return found
 
     def kernels(self, directory: Path) -> list[dict[str, Any]]:
-        """One row for every engine of an artifact."""
+        """One row for every part of an artifact."""
         rows = []
-        for path in sorted(directory.glob("*.engine")):
-            facts = json.loads(path.with_suffix(".json").read_text())
-            rows.append(
-                {
-                    "engine": path.name,
-                    "bytes": path.stat().st_size,
-                    "weight bytes": facts["weight_bytes"],
-                    "quantized weights": facts["quantized"],
-                    "profiles": len(facts["profiles"]),
-                    "layers": sum(facts["layers"].values()),
-                }
-            )
+        for plan in sorted(path for path in directory.glob("*.json") if not path.name.endswith(".graph.json")):
+            for part in json.loads(plan.read_text())["parts"]:
+                facts = part if part["kind"] == "engine" else {}
+                rows.append(
+                    {
+                        "part": part["file"],
+                        "runs on": "TensorRT" if facts else "PyTorch",
+                        "nodes": part["nodes"],
+                        "bytes": (directory / part["file"]).stat().st_size,
+                        "weight bytes": facts.get("weight_bytes", ""),
+                        "quantized weights": facts.get("quantized", ""),
+                        "profiles": len(facts.get("profiles", ())),
+                        "layers": sum(facts.get("layers", {}).values()),
+                    }
+                )
         return rows
 
-    def jit(self, program: Program) -> Callable[[Sequence[Any]], Any]:
-        """Refused: engines are built ahead of time, and their state lies outside of a torch.compile region.
+    def refuse_jit(self) -> None:
+        """Refuses: engines are built ahead of time, and their state lies outside of a torch.compile region.
 
         Raises:
             BackendError: always, with what to do instead.
         """
-        missing = importlib.util.find_spec("torch_tensorrt") is None
+        there = importlib.util.find_spec("torch_tensorrt") is not None
         raise BackendError(
-            "The tensorrt backend builds engines ahead of time, and does not serve torch.compile"
-            + ("; torch_tensorrt, which would, is not installed" if missing else ""),
-            fix="Use `graphwright compile --target tensorrt:sm_89`, or torch.compile with the target cuda",
-        )
-
-    def _refuse(self, reasons: Mapping[str, str]) -> None:
-        found = {name: reason for name, reason in reasons.items() if reason}
-        if not found:
-            return
-        shown = "; ".join(f"{name}: {reason}" for name, reason in list(found.items())[:8])
-        more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
-        raise BackendError(
-            f"TensorRT does not take {len(found)} nodes of the program: {shown}{more}",
-            fix="Use a recipe without what made them, or another target",
+            "The tensorrt backend builds engines ahead of time, and does not serve torch.compile; torch_tensorrt "
+            + ("is installed, but our ops have no converters for it" if there else "is not installed"),
+            fix="Use graphwright compile --target tensorrt:sm_89, or torch.compile with the target cuda",
         )
 
 
-def _engine_file(directory: Path, target: Target) -> Path:
-    return directory / f"{target.arch}.engine"
+def require_packages() -> None:
+    """Refuses to go on where a package is missing.
 
-
-def _require_packages() -> None:
+    Raises:
+        BackendError: says which, and what to install.
+    """
     for name in ("tensorrt_rtx", "onnx", "onnx_ir"):
         if importlib.util.find_spec(name) is None:
             raise BackendError(

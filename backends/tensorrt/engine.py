@@ -1,7 +1,7 @@
 """From an ONNX model to a serialized engine, on any machine: what the parser takes, the profiles, and the build.
 
     refusals = refused(path)                     # {node: reason}; empty if TensorRT takes the whole model
-    engine = build(path, contract, "sm_89", progress)
+    engine = build(path, ranges(contract), "sm_89", progress)
     engine.data, engine.weight_bytes
 
 Engines are those of TensorRT for RTX: built ahead of time for a compute capability, without a GPU; the last step, from
@@ -10,12 +10,13 @@ dtype that the program gives it.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import onnx
+import sympy
 import tensorrt_rtx as trt
 
 from graphwright.backend import Progress
@@ -31,6 +32,9 @@ PROMPT, USUAL_PROMPT, USUAL_KEYS = 4096, 512, 1024
 
 CONTRACT_DIMS = {file: contract for contract, file in DIMS.items()}
 """The contract's name of each dimension that the file calls otherwise."""
+
+ORIGINS = re.compile(rb"\[ONNX Layer: ([^\]\0]+)\]")
+"""How a built engine names the nodes that its kernels compute."""
 
 WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
 
@@ -57,6 +61,8 @@ class Engine:
         weight_bytes: memory that the engine's weights take on the device.
         layers: number of the network's layers by type.
         quantized: number of weights that are dequantized in the network, by the dtype of their codes.
+        dequantized: nodes of the model that dequantize in the built engine, as its own layer information says; what a
+            builder folds into dense weights is not among them. The engine inspector proper needs a GPU's driver.
     """
 
     data: bytes = field(repr=False)
@@ -67,10 +73,15 @@ class Engine:
     weight_bytes: int
     layers: dict[str, int]
     quantized: dict[str, int]
+    dequantized: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the data."""
         return {key: value for key, value in asdict(self).items() if key != "data"}
+
+
+class BuildError(BackendError):
+    """The builder, which looks closer than the parser, refused a model; its words name the node."""
 
 
 class _Log(trt.ILogger):  # type: ignore[misc]
@@ -111,8 +122,14 @@ def refused(path: Path) -> dict[str, str]:
     return reasons
 
 
-def build(path: Path, contract: Contract, arch: str, progress: Progress) -> Engine:
+def build(path: Path, profiles: Sequence[dict[str, Sizes]], arch: str, progress: Progress) -> Engine:
     """Builds the engine of a model for one compute capability, such as `sm_89`.
+
+    Args:
+        path: of the model.
+        profiles: sizes of every dimension; see `ranges`.
+        arch: the compute capability.
+        progress: called with what is being done.
 
     Raises:
         BackendError: TensorRT does not parse the model or does not build it; its own words are given.
@@ -126,7 +143,6 @@ def build(path: Path, contract: Contract, arch: str, progress: Progress) -> Engi
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.num_compute_capabilities = 1
     config.set_compute_capability(_capability(arch), 0)
-    profiles = ranges(contract)
     for sizes in profiles:
         profile = builder.create_optimization_profile()
         for index in range(network.num_inputs):
@@ -136,7 +152,7 @@ def build(path: Path, contract: Contract, arch: str, progress: Progress) -> Engi
     progress(f"build the engine for {arch}", 0.3)
     data = builder.build_serialized_network(network, config)
     if data is None:
-        raise BackendError(f"TensorRT does not build the engine for {arch}: {'; '.join(log.errors)[:800]}")
+        raise BuildError(f"TensorRT does not build the engine for {arch}: {'; '.join(log.errors)[:800]}")
     return Engine(
         data=bytes(data),
         arch=arch,
@@ -146,11 +162,17 @@ def build(path: Path, contract: Contract, arch: str, progress: Progress) -> Engi
         weight_bytes=log.weight_bytes,
         layers=_counts(network),
         quantized=_quantized(network),
+        dequantized=_dequantized(bytes(data)),
     )
 
 
-def ranges(contract: Contract) -> list[dict[str, Sizes]]:
-    """The sizes of two profiles: decode, with one new token, and prefill."""
+def ranges(contract: Contract, more: Mapping[str, sympy.Expr] | None = None) -> list[dict[str, Sizes]]:
+    """The sizes of two profiles: decode, with one new token, and prefill.
+
+    Args:
+        contract: of the whole program.
+        more: sizes of a part that the contract has no name for, over those that it has.
+    """
     found: list[dict[str, Sizes]] = [{}, {}]
     for dim in contract.dims:
         decode = prefill = (dim.min, min(USUAL_KEYS, dim.max), dim.max)
@@ -160,6 +182,10 @@ def ranges(contract: Contract) -> list[dict[str, Sizes]]:
             decode = (1, 1, 1)
             prefill = (1, min(USUAL_PROMPT if dim.name == "sequence" else 1, dim.max), min(PROMPT, dim.max))
         found[0][dim.name], found[1][dim.name] = (_at_most(dim.max, sizes) for sizes in (decode, prefill))
+    for sizes in found:
+        for name, size in (more or {}).items():
+            three = (size.subs({str(s): sizes[str(s)][which] for s in size.free_symbols}) for which in range(3))
+            sizes[name] = tuple(map(int, three))  # type: ignore[assignment]
     return found if any(dim.name == "sequence" for dim in contract.dims) and contract.state else found[1:]
 
 
@@ -220,3 +246,8 @@ def _quantized(network: Any) -> dict[str, int]:
             name = layer.get_input(0).dtype.name
             found[name] = found.get(name, 0) + 1
     return found
+
+
+def _dequantized(data: bytes) -> tuple[str, ...]:
+    names = {found.decode() for found in ORIGINS.findall(data)}
+    return tuple(sorted(name for name in names if "/DequantizeLinear_" in name))

@@ -1,8 +1,9 @@
 """Running an engine on a GPU: PyTorch owns the device memory, TensorRT reads and writes it by address."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from graphwright.backends.onnx.naming import tensor_name
 from graphwright.contract import Contract
 from graphwright.errors import BackendError, TargetError
 from graphwright.ops import kv_cache_update
+from graphwright.program import Program
 from graphwright.target import Target, local_gpu
 
 DTYPES = {
@@ -58,16 +60,101 @@ def choose_profile(profiles: Sequence[Mapping[str, Sequence[int]]], sizes: Mappi
     raise BackendError(f"No profile of the engine has these sizes: {', '.join(outside)}", fix="Feed fewer at once")
 
 
-class TensorrtExecutable:
-    """An engine as a program; it is loaded at the first call."""
+class Runner(Protocol):
+    """One part, loaded."""
 
-    def __init__(self, contract: Contract, target: Target, engine: Path, facts: Mapping[str, Any]) -> None:
-        self._contract = contract
-        self._target = target
-        self._engine = engine
-        self._facts = facts
+    def __call__(self, values: Mapping[str, Tensor], profile: int) -> dict[str, Tensor]:
+        """The part's outputs by name; state among `values` is written in place."""
+        ...
+
+
+def run_parts(runners: Sequence[Runner], values: Mapping[str, Tensor], profile: int) -> dict[str, Tensor]:
+    """Everything that inputs, state and the parts one after the other make, by name."""
+    known = dict(values)
+    for run in runners:
+        known |= run(known, profile)
+    return known
+
+
+class TorchPart:
+    """A part that TensorRT does not take: a graph of PyTorch's operators."""
+
+    def __init__(self, file: Path, weights: Mapping[str, Tensor], device: torch.device) -> None:
+        self._program = Program.from_json(json.loads(file.read_text()), weights)
+        self._program.module.to(device)
+
+    def __call__(self, values: Mapping[str, Tensor], profile: int) -> dict[str, Tensor]:
+        """Runs the graph; the profile is of no matter."""
+        contract = self._program.contract
+        made = self._program(**{name: values[name] for name in contract.names})
+        return dict(zip(contract.outputs, made, strict=True))
+
+
+class EnginePart:
+    """An engine; its state is read where it lies, and what is new of it is written there after the run."""
+
+    def __init__(self, entry: Mapping[str, Any], file: Path, device: torch.device) -> None:
+        self._contract = Contract.from_json(entry["contract"])
+        self._entry, self._file, self._device = entry, file, device
         self._context: Any = None
         self._loaded: Any = None
+
+    def __call__(self, values: Mapping[str, Tensor], profile: int) -> dict[str, Tensor]:
+        """Runs the engine on the current stream and waits for it.
+
+        Raises:
+            BackendError: TensorRT does not load or run the engine.
+        """
+        context, stream = self._start(), torch.cuda.current_stream()
+        context.set_optimization_profile_async(profile, stream.cuda_stream)
+        held = {name: values[name].contiguous() for name in self._contract.names}  # outlives the launch
+        for name, tensor in held.items():
+            context.set_input_shape(tensor_name(name), tuple(tensor.shape))
+            context.set_tensor_address(tensor_name(name), tensor.data_ptr())
+        made = {}
+        for entry in self._entry["outputs"]:
+            shape = tuple(context.get_tensor_shape(entry["name"]))
+            made[entry["name"]] = torch.empty(shape, dtype=DTYPES[entry["dtype"]], device=self._device)
+            context.set_tensor_address(entry["name"], made[entry["name"]].data_ptr())
+        if not context.execute_async_v3(stream.cuda_stream):
+            raise BackendError("TensorRT could not run the engine", where=str(self._file))
+        stream.synchronize()
+        return part_outputs(self._contract, values, made)
+
+    def _start(self) -> Any:
+        if self._context is None:
+            import tensorrt_rtx as trt
+
+            runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+            self._loaded = (runtime, runtime.deserialize_cuda_engine(self._file.read_bytes()))
+            if self._loaded[1] is None:
+                raise BackendError("TensorRT does not load the engine on this machine", where=str(self._file))
+            self._context = self._loaded[1].create_execution_context()
+        return self._context
+
+
+def part_outputs(contract: Contract, values: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs of a part by the contract's names, after its state has taken what is new of it."""
+    for spec in contract.state:
+        if f"{spec.name}.new" in made:
+            kv_cache_update(values[spec.name], made[f"{spec.name}.new"], made[f"{spec.name}.slots"])
+    return {name: made[tensor_name(name)] for name in contract.outputs}
+
+
+class TensorrtExecutable:
+    """The parts of a program; engines are loaded at the first call."""
+
+    def __init__(
+        self,
+        contract: Contract,
+        target: Target,
+        plan: Mapping[str, Any],
+        directory: Path,
+        weights: Mapping[str, Tensor],
+    ) -> None:
+        self._contract, self._target = contract, target
+        self._plan, self._directory, self._weights = plan, directory, weights
+        self._runners: list[Runner] = []
 
     @property
     def device(self) -> torch.device:
@@ -87,38 +174,19 @@ class TensorrtExecutable:
             if not tensors[spec.name].is_cuda or not tensors[spec.name].is_contiguous():
                 raise BackendError(f"State {spec.name} does not lie whole on the GPU", fix="Allocate it there")
         place = tensors[self._contract.names[0]].device
-        made = self._run(tensors, choose_profile(self._facts["profiles"], sizes))
-        for spec in self._contract.state:
-            if f"{spec.name}.new" in made:
-                kv_cache_update(tensors[spec.name], made[f"{spec.name}.new"], made[f"{spec.name}.slots"])
-        return tuple(made[tensor_name(name)].to(place) for name in self._contract.outputs)
+        profiles = next(part["profiles"] for part in self._plan["parts"] if part["kind"] == "engine")
+        given = {name: tensors[name].to(self.device) for name in self._contract.names}
+        made = run_parts(self._loaded(), given, choose_profile(profiles, sizes))
+        return tuple(made[name].to(place) for name in self._contract.outputs)
 
-    def _run(self, tensors: Mapping[str, Tensor], profile: int) -> dict[str, Tensor]:
-        context, stream = self._start(), torch.cuda.current_stream()
-        context.set_optimization_profile_async(profile, stream.cuda_stream)
-        held = {}  # inputs must outlive the launch
-        for spec in (*self._contract.inputs, *self._contract.state):
-            name = tensor_name(spec.name)
-            held[name] = tensors[spec.name].to(self.device).contiguous()
-            context.set_input_shape(name, tuple(held[name].shape))
-            context.set_tensor_address(name, held[name].data_ptr())
-        made = {}
-        for entry in self._facts["outputs"]:
-            shape = tuple(context.get_tensor_shape(entry["name"]))
-            made[entry["name"]] = torch.empty(shape, dtype=DTYPES[entry["dtype"]], device=self.device)
-            context.set_tensor_address(entry["name"], made[entry["name"]].data_ptr())
-        if not context.execute_async_v3(stream.cuda_stream):
-            raise BackendError("TensorRT could not run the engine", where=str(self._engine))
-        stream.synchronize()
-        return made
+    def _loaded(self) -> list[Runner]:
+        if not self._runners:
+            self._runners = [self._load(entry) for entry in self._plan["parts"]]
+            self._weights = {}  # those that are needed lie on the GPU now
+        return self._runners
 
-    def _start(self) -> Any:
-        if self._context is None:
-            import tensorrt_rtx as trt
-
-            runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-            self._loaded = (runtime, runtime.deserialize_cuda_engine(self._engine.read_bytes()))
-            if self._loaded[1] is None:
-                raise BackendError("TensorRT does not load the engine on this machine", where=str(self._engine))
-            self._context = self._loaded[1].create_execution_context()
-        return self._context
+    def _load(self, entry: Mapping[str, Any]) -> Runner:
+        file = self._directory / entry["file"]
+        if entry["kind"] == "torch":
+            return TorchPart(file, self._weights, self.device)
+        return EnginePart(entry, file, self.device)

@@ -13,9 +13,14 @@ import torch
 from torch import fx
 
 from graphwright import ops
-from graphwright.backends.tvm.layout import tiled_float_linear, tiled_linear
+from graphwright.backends.tvm.layout import (
+    halves_obstacle,
+    tiled_float_linear,
+    tiled_linear,
+    tiled_sparse_linear,
+)
 from graphwright.kernels.tir.functions import ACTIVATIONS
-from graphwright.kernels.tir.tiles import ROWS, STEP
+from graphwright.kernels.tir.tiles import CHUNK, ROWS, STEP, fits
 from graphwright.program import Program
 
 aten = torch.ops.aten
@@ -42,21 +47,31 @@ class Fusion:
 
 def integer_product(node: Any) -> bool:
     """Whether a node multiplies codes with codes: a tiled weight, and activations rounded to 8 bits at run time."""
-    if not isinstance(node, fx.Node) or node.target is not tiled_linear.target:
+    if not isinstance(node, fx.Node) or node.target not in (tiled_linear.target, tiled_sparse_linear.target):
         return False
     source = node.args[0]
     if not isinstance(source, fx.Node) or source.target is not ops.quantize_dequantize.target:
         return False
-    return codes_fit(source, str(node.args[5]), int(node.args[6]))
+    return multiplies_codes(source, node)
 
 
-def codes_fit(rounding: fx.Node, format: str, group_size: int) -> bool:
-    """Whether the kernels take these codes with such a weight: steps per token, or per part of its groups."""
-    shared = int(rounding.args[3])
+def multiplies_codes(rounding: fx.Node, layer: fx.Node) -> bool:
+    """Whether a kernel takes a rounding's codes to a layer: steps per token, or per part of the weight's groups."""
+    shared, width = int(rounding.args[3]), int(rounding.meta["val"].shape[-1])
     if rounding.args[1:3] != (None, "int8"):
         return False
-    width = int(rounding.meta["val"].shape[-1])
-    return shared == 0 or not (width % shared or group_size % shared or shared % STEP[format])
+    if layer.target in (ops.quantized_linear.target, tiled_linear.target):
+        format, group_size = str(layer.args[5]), int(layer.args[6])
+        span = STEP.get(format, 0)
+        fit = fits(format, group_size)
+    elif layer.target in (ops.sparse_linear.target, tiled_sparse_linear.target):
+        tiled = layer.target is tiled_sparse_linear.target
+        format, group_size = str(layer.args[5 if tiled else 7]), int(layer.args[6 if tiled else 8])
+        span = CHUNK
+        fit = bool(format) and (tiled or not halves_obstacle(layer))
+    else:
+        return False
+    return fit and (shared == 0 or not (width % shared or group_size % shared or shared % span))
 
 
 def plan_fusion(program: Program) -> Fusion:
@@ -75,7 +90,7 @@ def plan_fusion(program: Program) -> Fusion:
         if isinstance(new, fx.Node) and new.target is ops.rope.target and len(new.users) == 1:
             found.rope[node] = new
             found.inside.add(new)
-    for node in program.calls(tiled_linear.target, tiled_float_linear.target):
+    for node in program.calls(tiled_linear.target, tiled_float_linear.target, tiled_sparse_linear.target):
         _fuse_epilogue(node, found)
     return found
 

@@ -5,6 +5,7 @@ import tvm
 from graphwright.target import Target
 
 MATTR = {
+    "amx_int8": "+amx-int8",
     "avx512_vnni": "+avx512vnni",
     "avx_vnni": "+avxvnni",
     "asimddp": "+dotprod",

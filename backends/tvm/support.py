@@ -6,8 +6,8 @@ from torch import Tensor, fx
 from graphwright import ops
 from graphwright.backend import Support
 from graphwright.backends.tvm import expert_layout
-from graphwright.backends.tvm.fusion import codes_fit
-from graphwright.backends.tvm.layout import fractional, stored_float, tiled_linear
+from graphwright.backends.tvm.fusion import multiplies_codes
+from graphwright.backends.tvm.layout import fractional, halves_obstacle, stored_float
 from graphwright.backends.tvm.leftovers import converter_name, refusal
 from graphwright.backends.tvm.translate import KERNELS, VIEWS, constant_place
 from graphwright.backends.tvm.values import arguments
@@ -35,6 +35,8 @@ def _obstacle(node: fx.Node) -> str:
         return _quantized_obstacle(node)
     if node.target in (ops.experts.target, ops.quantized_experts.target):
         return expert_layout.obstacle(node)
+    if node.target is ops.sparse_linear.target:
+        return halves_obstacle(node)
     if node.target is aten.linear.default:
         return "" if stored_float(node, 1) else "its weight is not a stored float32 matrix"
     if node.target is ops.attention.target:
@@ -63,10 +65,4 @@ def _quantized_obstacle(node: fx.Node) -> str:
 
 def _only_codes(node: fx.Node) -> bool:
     """Whether every reader of a rounding is a quantized linear layer whose kernel takes its codes."""
-    layers = (ops.quantized_linear.target, tiled_linear.target)
-    return all(
-        user.target in layers
-        and fits(str(user.args[5]), int(user.args[6]))
-        and codes_fit(node, str(user.args[5]), int(user.args[6]))
-        for user in node.users
-    )
+    return all(multiplies_codes(node, user) for user in node.users)

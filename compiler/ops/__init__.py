@@ -5,7 +5,10 @@ the values, N output features, K input features, G groups along K.
 """
 
 from graphwright.ops.attention import attention
+from graphwright.ops.expert_capacity import expert_capacity
+from graphwright.ops.expert_choice import expert_choice
 from graphwright.ops.experts import experts
+from graphwright.ops.fetch_experts import fetch_experts
 from graphwright.ops.gated_activation import gated_activation
 from graphwright.ops.grouped_linear import grouped_linear
 from graphwright.ops.hadamard_transform import hadamard_transform
@@ -18,10 +21,14 @@ from graphwright.ops.quantized_linear import quantized_linear
 from graphwright.ops.rms_norm import rms_norm
 from graphwright.ops.rope import rope
 from graphwright.ops.sparse_linear import sparse_linear
+from graphwright.ops.spqr_linear import spqr_linear
 
 __all__ = [
     "attention",
+    "expert_capacity",
+    "expert_choice",
     "experts",
+    "fetch_experts",
     "gated_activation",
     "grouped_linear",
     "hadamard_transform",
@@ -34,4 +41,5 @@ __all__ = [
     "rms_norm",
     "rope",
     "sparse_linear",
+    "spqr_linear",
 ]

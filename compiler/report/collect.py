@@ -121,7 +121,7 @@ def _estimate(side: Side, program: Program, target: Target, phase: str, tokens: 
     new, held = tokens
     sizes = sizes_for(program, new, held)
     found = roofline(program, target, sizes)
-    recomputes = held and not program.contract.state
+    recomputes = held and not _cached(program)
     return EstimateRow(
         phase=phase,
         side=side,
@@ -138,9 +138,14 @@ def _estimate(side: Side, program: Program, target: Target, phase: str, tokens: 
 def sizes_for(program: Program, new: int, held: int) -> dict[str, int]:
     """Sizes of a call with one sequence of `new` tokens after `held`; without a cache the held ones run again."""
     total = new + held
-    sequence = new if program.contract.state else total
+    sequence = new if _cached(program) else total
     wanted = {"batch": 1, "sequence": sequence, "keys": total, "capacity": total + 1, "logits": 1}
-    return program.contract.sizes(wanted)
+    return program.contract.sizes({**wanted, "past": held, "total": total})
+
+
+def _cached(program: Program) -> bool:
+    """Whether keys and values of earlier tokens are kept, in place or handed in and out."""
+    return bool(program.contract.state) or any(dim.name == "past" for dim in program.contract.dims)
 
 
 def _prefill(program: Program) -> dict[str, int]:

@@ -97,7 +97,7 @@ class Picture(TypedDict):
 
 @dataclass
 class Report:
-    """What was compiled, what each pass did, and what came out. The last three fields are filled in later."""
+    """What was compiled, what each pass did, and what came out. The last four fields are filled in later."""
 
     model: dict[str, Any]
     target: dict[str, Any]
@@ -120,6 +120,8 @@ class Report:
     artifact_bytes: int | None = None
     speed: dict[str, Any] | None = None
     accuracy: dict[str, Any] | None = None
+    export: dict[str, Any] | None = None
+    """Format, options, files with their sizes, what the format says, and what running it has shown."""
     version: int = field(default=VERSION)
 
     def plain(self) -> "Report":

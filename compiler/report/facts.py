@@ -24,6 +24,10 @@ LABELS = {
     "prompt_tokens": "Prompt tokens",
     "new_tokens": "New tokens",
     "threads": "Threads",
+    "relative_error": "Relative error against the program",
+    "tokens_per_second": "Decode, tokens/s",
+    "runtime": "Run on",
+    "limit": "Error that rounding explains",
 }
 
 
@@ -122,6 +126,13 @@ def table(values: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 
 def _label(key: str) -> str:
     return LABELS.get(key, key.replace("_", " ").capitalize())
+
+
+def export_table(report: Report) -> list[tuple[str, str]]:
+    """Label and text of everything that is known of an export but its files and its verification."""
+    known = report.export or {}
+    hidden = ("format", "files", "verified")
+    return table({"format": known.get("format"), **{k: v for k, v in known.items() if k not in hidden}})
 
 
 def coverage_counts(report: Report) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from graphwright.report import facts
 from graphwright.report.data import PassRow, Report
+from graphwright.report.frontier import chosen_text
 
 KIND_STYLE = {"exact": "green", "approximate": "yellow", "structural": "blue"}
 MOST_LEFTOVERS = 8
@@ -73,12 +74,17 @@ def _facts(report: Report) -> Table:
     if report.artifact_bytes:
         size += f", {facts.scaled(report.artifact_bytes, 'B')} on disk"
     table.add_row("Weights", Text(size))
+    for row in report.passes:
+        if "chosen" in row["notes"]:
+            table.add_row("Widths", Text(f"{row['name']}: {chosen_text(row)}"))
     lowered, total = facts.coverage_counts(report)
     nodes = f"{report.nodes['before']} → {report.nodes['after']} nodes"
     table.add_row("Graph", Text(nodes + (f", {lowered} of {total} ops lowered by {report.backend}" if total else "")))
     for label, values in (("Speed", report.speed), ("Accuracy", report.accuracy)):
         if values:
             table.add_row(label, _measured(values))
+    if report.export:
+        table.add_row("Export", _export(report.export))
     table.add_row("Estimate", _estimate(report))
     stages = " · ".join(f"{stage} {facts.duration(seconds)}" for stage, seconds in report.seconds.items())
     table.add_row("Compile", Text(f"{stages}; peak memory {facts.scaled(report.peak_memory_bytes, 'B')}"))
@@ -90,6 +96,19 @@ def _measured(values: dict[str, Any]) -> Text:
     text = Text()
     for name, value in facts.table(values):
         text.append("; " if text else "").append(f"{name} ", style="dim").append(value)
+    return text
+
+
+def _export(export: dict[str, Any]) -> Text:
+    """What was written, and what running it has shown."""
+    sizes = export["files"].values()
+    text = Text(f"{export['format']}: {facts.counted(len(sizes), 'file')}, {facts.scaled(sum(sizes), 'B')}")
+    options = ", ".join(f"{key}={value}" for key, value in export["options"].items())
+    text.append(f" ({options})" if options else "", style="dim")
+    verified = export["verified"]
+    if verified is None:
+        return text.append("; not run, see --verify", style="dim")
+    text.append("\n").append_text(_measured({k: v for k, v in verified.items() if k != "limit"}))
     return text
 
 

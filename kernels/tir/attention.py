@@ -5,9 +5,12 @@ the end (Flash-Decoding, Dao et al. 2023); query heads that share a key-value he
 
 `prefill`: many queries. Rows (queries of all heads that share a key-value head) lie across vector lanes, so softmax
 needs no reduction across lanes and keys need no transposition; blocks of keys that no row of a task can see are
-skipped (FlashAttention-2, Dao 2023, arXiv:2307.08691).
+skipped (FlashAttention-2, Dao 2023, arXiv:2307.08691). So are they in decode where there is a window: its parts then
+take blocks in turn, because those that are seen lie together.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +61,8 @@ class Attention:
     softcap: float = 0.0
     alibi: bool = False
     sinks: bool = False
+    anchors: int = 0
+    block: int = 0
 
     @property
     def group(self) -> int:
@@ -125,14 +130,40 @@ def decode(a: Attention, o: Operands, parts: int) -> tirx.PrimFunc:
         with parallel(batch * (a.kv_heads * parts)) as task:
             row = let(task // (a.kv_heads * parts))
             head, part = let(task // parts % a.kv_heads), let(task % parts)
-            first = let(minimum(part * share, blocks))
-            _decode_part(b, row, head, first, let(minimum(first + share, blocks)), task)
+            if a.window or a.chunk:
+                _decode_part(b, row, head, part, parts, let(ceil_div(blocks - part, parts)), task)
+            else:
+                first = let(minimum(part * share, blocks))
+                _decode_part(b, row, head, first, 1, let(minimum(first + share, blocks) - first), task)
         with parallel(batch) as row, loop(a.heads) as head:
             _merge(b, row, head, parts)
     return k.function
 
 
-def _decode_part(b: _Buffers, row: Any, head: Any, first: Any, last: Any, task: Any) -> None:
+@contextmanager
+def _if_seen(b: _Buffers, row: Any, start: Any, query_position: Any) -> Iterator[Flat]:
+    """Positions of a block of keys from `start` on; what is emitted runs if window and chunk let the query see any."""
+    positions = b.key_positions(row, start, KEYS)
+    if not b.a.window and not b.a.chunk:
+        yield positions
+        return
+    smallest, largest = _range(positions, KEYS)
+    near = _near_range(b.a, smallest, largest, query_position, query_position)
+    with T.If(tirx.And(largest >= tirx.const(0, "int32"), near)), T.Then():
+        yield positions
+
+
+def _range(positions: Flat, lanes: int) -> tuple[Any, Any]:
+    """Smallest position that is not padding, and largest of all."""
+    keys = positions.vec(0, lanes)
+    low = tirx.Select(keys >= integer(0, lanes), keys, integer(2**31 - 1, lanes))
+    name = f"v{lanes}i32"
+    smallest = let(tirx.call_llvm_pure_intrin("int32", f"llvm.vector.reduce.smin.{name}", low))
+    return smallest, let(tirx.call_llvm_pure_intrin("int32", f"llvm.vector.reduce.smax.{name}", keys))
+
+
+def _decode_part(b: _Buffers, row: Any, head: Any, first: Any, stride: int, count: Any, task: Any) -> None:
+    """One query's `count` blocks of keys, from the block `first` on, `stride` blocks apart."""
     a, o = b.a, b.o
     lanes, width = widest(a.head_dim), widest(a.value_dim)
     query = local(a.group * a.head_dim, "float32")
@@ -148,9 +179,7 @@ def _decode_part(b: _Buffers, row: Any, head: Any, first: Any, last: Any, task: 
         with loop(a.value_dim // width) as i:
             values.put(g * a.value_dim + i * width, constant(0.0, width), width)
     query_position = let(b.query_position(row, 0))
-    with loop(last - first) as block:
-        start = let((first + block) * KEYS)
-        positions = b.key_positions(row, start, KEYS)
+    with loop(count) as step, _if_seen(b, row, start := let((first + step * stride) * KEYS), query_position) as positions:
         places = [let(minimum(start + i, o.key.shape[2] - 1)) for i in range(KEYS)]
         key_rows = [let(o.key.at(row, head, place)) for place in places]
         value_rows = [let(o.value.at(row, head, place)) for place in places]
@@ -296,23 +325,13 @@ class _RowBlock:
     def _worth_it(self, positions: Flat) -> Any:
         """Whether any row can see any key of the block, by the ranges of their positions."""
         a = self.a
-        keys = positions.vec(0, KEY_BLOCK)
-        valid = keys >= integer(0, KEY_BLOCK)
-        name = f"v{KEY_BLOCK}i32"
-        low = tirx.Select(valid, keys, integer(2**31 - 1, KEY_BLOCK))
-        smallest = let(tirx.call_llvm_pure_intrin("int32", f"llvm.vector.reduce.smin.{name}", low))
-        largest = let(tirx.call_llvm_pure_intrin("int32", f"llvm.vector.reduce.smax.{name}", keys))
+        smallest, largest = _range(positions, KEY_BLOCK)
         some = largest >= tirx.const(0, "int32")
         if a.causal:
             reach = smallest <= self.range[1]
             some = tirx.And(some, tirx.Or(reach, smallest < tirx.const(a.prefix, "int32")) if a.prefix else reach)
-        if a.window:
-            near = tirx.And(
-                largest > self.range[0] - tirx.const(a.window, "int32"),
-                smallest < self.range[1] + tirx.const(a.window, "int32"),
-            )
-            some = tirx.And(some, near)
-        return some
+        near = _near_range(a, smallest, largest, self.range[0], self.range[1])
+        return some if near is None else tirx.And(some, near)
 
     def _scores(self, start: Any) -> None:
         """weights[key, row] = key · query; four keys and all rows at a time."""
@@ -420,11 +439,41 @@ def _visible(a: Attention, query: Any, key: Any, lanes: int) -> Any:
     if a.causal:
         before = key <= query
         conditions.append(tirx.Or(before, key < integer(a.prefix, lanes)) if a.prefix else before)
+    near: list[Any] = []
     if a.window:
-        conditions += [query - key < integer(a.window, lanes), key - query < integer(a.window, lanes)]
+        size, reach = integer(max(a.block, 1), lanes), integer(a.window // max(a.block, 1), lanes)
+        apart = T.truncdiv(query, size) - T.truncdiv(key, size) if a.block else query - key
+        near += [apart < reach, -apart < reach]
     if a.chunk:
         size = integer(a.chunk, lanes)
-        conditions.append(T.truncdiv(query, size) == T.truncdiv(key, size))
+        near.append(T.truncdiv(query, size) == T.truncdiv(key, size))
+    if near and a.anchors:
+        count = integer(a.anchors, lanes)
+        near = [tirx.Or(_all(near), tirx.Or(key < count, query < count))]
+    return _all(conditions + near)
+
+
+def _near_range(a: Attention, smallest: Any, largest: Any, first: Any, last: Any) -> Any:
+    """Whether window and chunk let a query from `first` to `last` see a key from `smallest` to `largest`: never too few.
+
+    Scalars; a block of the window lies within as many single positions.
+    """
+    near: list[Any] = []
+    if a.window:
+        reach = tirx.const(a.window, "int32")
+        near += [largest > first - reach, smallest < last + reach]
+    if a.chunk:
+        size = tirx.const(a.chunk, "int32")
+        near += [T.truncdiv(largest, size) >= T.truncdiv(first, size), T.truncdiv(smallest, size) <= T.truncdiv(last, size)]
+    if not near:
+        return None
+    if a.anchors:
+        count = tirx.const(a.anchors, "int32")
+        return tirx.Or(_all(near), tirx.Or(smallest < count, first < count))
+    return _all(near)
+
+
+def _all(conditions: list[Any]) -> Any:
     seen = conditions[0]
     for condition in conditions[1:]:
         seen = tirx.And(seen, condition)

@@ -26,6 +26,12 @@ Index = Any
 LANES = 16
 """Rows of a weight tile, and floats in the widest vector; LLVM splits wider vectors than a machine has."""
 
+CACHE_LINE = 64
+"""Bytes."""
+
+WIDTH = {"int8": 1, "uint8": 1, "int32": 4, "float32": 4}
+"""Bytes of an element of scratch memory."""
+
 STACK = 1 << 15
 """Bytes of one scratch buffer that may lie on a thread's stack."""
 
@@ -138,9 +144,18 @@ def kernel(name: str) -> Iterator[Kernel]:
 
 def local(elements: int, dtype: str) -> Flat:
     """Scratch memory: on the stack, and in registers where its offsets are constants, unless it is large."""
-    on_stack = elements * int("".join(c for c in dtype if c.isdigit())) // 8 <= STACK
-    annotations = {"disable_lower_builtin": True} if on_stack else {}
-    return Flat(T.alloc_buffer((elements,), dtype, scope="local", annotations=annotations), dtype)
+    lanes = CACHE_LINE // WIDTH[dtype]
+    if elements % lanes:
+        return Flat(_scratch(elements, dtype, elements * WIDTH[dtype]), dtype)
+    # LLVM aligns scalars on the stack to 16 bytes; vectors that cross cache lines take several times as long.
+    lines = elements // lanes
+    memory = _scratch(lines, f"{dtype}x{lanes}", lines * CACHE_LINE)
+    return Flat(T.decl_buffer((elements,), dtype, data=memory.data, scope="local"), dtype)
+
+
+def _scratch(elements: int, dtype: str, bytes_: int) -> Any:
+    annotations = {"disable_lower_builtin": True} if bytes_ <= STACK else {}
+    return T.alloc_buffer((elements,), dtype, scope="local", annotations=annotations)
 
 
 def parallel(extent: Index) -> Any:

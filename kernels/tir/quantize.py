@@ -87,11 +87,16 @@ class CodeBuffers:
     def begin(self) -> None:
         """Makes the views; call it after `Kernel.begin`."""
         self.words = self.codes.view("int32", self._rows * (self.row.bytes // 4))
+        self.pairs = self.codes.view("int64", self._rows * (self.row.bytes // 8))
         self.floats = self.codes.view("float32", self._rows * (self.row.bytes // 4))
 
     def quad(self, row: Any, number: Any) -> Any:
         """Four codes as one int32."""
         return self.words[row * (self.row.bytes // 4) + number]
+
+    def eight(self, row: Any, number: Any) -> Any:
+        """Eight codes as one int64."""
+        return self.pairs[row * (self.row.bytes // 8) + number]
 
     def sum(self, row: Any, group: Any) -> Any:
         """The sum of a group's codes."""

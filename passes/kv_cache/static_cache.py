@@ -189,9 +189,9 @@ class _Insertion:
 
 
 def _ring_size(program: Program, node: fx.Node) -> int:
-    """The window of an attention if it is shorter than the context, else 0."""
+    """The window of an attention if it is shorter than the context and all that is seen, else 0."""
     window: int = argument(node, "window")
-    return window if 0 < window < program.metadata.context_length else 0
+    return window if 0 < window < program.metadata.context_length and not argument(node, "anchors") else 0
 
 
 def _cache_specs(program: Program, index: int, node: fx.Node) -> list[StateSpec]:

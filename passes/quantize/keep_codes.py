@@ -3,7 +3,7 @@
     before                                      after
     model.gguf, a GPTQ or AWQ directory, …      y = quantized_linear(x, the checkpoint's codes, scale, zero_point, b)
 
-With this pass in a recipe the model is read with its codes (`graphwright.checkpoints`), so that capture meets quantized
+With this pass in a recipe the model is read with its codes (`graphwright.interchange`), so that capture meets quantized
 layers already and no floating-point copy of their weights is ever made. The pass itself changes nothing: it refuses a
 model without codes, and says which layers hold which. It takes the place of the methods that round, none of which may
 stand beside it. No paper: nothing is approximated.

@@ -242,16 +242,6 @@ def test_foreign_directories_are_not_overwritten(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_export_writes_a_program_that_torch_loads(tiny_model_directory, tmp_path):
-    file = tmp_path / "model.pt2"
-    finished = run("export", tiny_model_directory, "-o", file, "--recipe", "int8")
-    assert finished.returncode == 0, finished.stderr
-    program = torch.export.load(file)
-    assert any("quantized_linear" in str(node.target) for node in program.graph.nodes)
-    again = run("export", tiny_model_directory, "-o", file)
-    assert "exists already" in again.stderr
-
-
 def test_a_plain_module_from_a_factory(tmp_path):
     """Not a language model: captured, compiled, saved, loaded, equal."""
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 4)).eval()

@@ -26,7 +26,7 @@ def test_python_blocks_run_in_order(tmp_path):
     finished = subprocess.run([sys.executable, "-P", str(script)], cwd=tmp_path, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "tiny-int4" / "manifest.json").is_file()
-    assert "tiny.pt2" in finished.stdout
+    assert "model.onnx" in finished.stdout
 
 
 def test_yaml_blocks_are_recipes():
@@ -67,7 +67,7 @@ def test_samples_without_arguments(name):
 
 
 def test_samples_over_a_model(tiny_model_directory, tmp_path):
-    for name, output in (("ahead_of_time.py", "artifact"), ("edge_export.py", "model.pt2")):
+    for name, output in (("ahead_of_time.py", "artifact"), ("edge_export.py", "exported")):
         command = [
             sys.executable,
             "-P",

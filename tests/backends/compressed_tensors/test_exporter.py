@@ -7,18 +7,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints.making import logits, make, write
-from checkpoints.test_gguf import LINEAR
-from checkpoints.test_gguf import write as write_gguf
-from checkpoints.test_gptq import CONFIG, FIRST, tensors
 from compressed_tensors.quantization.lifecycle import forward
 from families.configs import build
+from interchange.making import logits, make, write
+from interchange.test_gguf import LINEAR
+from interchange.test_gguf import write as write_gguf
+from interchange.test_gptq import CONFIG, FIRST, tensors
 from safetensors.torch import load_file
 
 from graphwright import exporting
-from graphwright.backends.compressed_tensors.exporter import EXPORTER
-from graphwright.checkpoints.packed import PackedLinear
+from graphwright.backends.compressed_tensors.exporter import FORMAT
 from graphwright.errors import BackendError, RecipeError
+from graphwright.export_format import Export
+from graphwright.interchange.packed import PackedLinear
 from graphwright.numerics import relative_error
 from graphwright.ops import quantize_dequantize
 from graphwright.program import Program
@@ -29,13 +30,13 @@ from graphwright.sources import open_model
 def exported(model: Any, folder: Path, recipe: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Program:
     """Writes a model, and returns the program that was written."""
     kept: list[Program] = []
-    real = EXPORTER.write
+    real = FORMAT.write
 
-    def spy(self: Any, program: Program, *rest: Any) -> dict[str, Any]:
-        kept.append(program)
-        return real(program, *rest)
+    def spy(self: Any, export: Export) -> dict[str, Any]:
+        kept.append(export.program)
+        return real(export)
 
-    monkeypatch.setattr(type(EXPORTER), "write", spy)
+    monkeypatch.setattr(type(FORMAT), "write", spy)
     exporting.export(model, "compressed-tensors", folder, recipe=Recipe.load(recipe), options=options)
     return kept[0]
 
@@ -147,8 +148,9 @@ def test_the_directory_is_whole_and_verified(tmp_path):
     model = tiny()
     folder = exporting.export(model, "compressed-tensors", tmp_path / "out", recipe="int4", verify=True)
     files = {file.name for file in folder.iterdir()}
-    assert files == {"config.json", "generation_config.json", "manifest.json", "model.safetensors"}
-    facts = json.loads((folder / "manifest.json").read_text())["recipe"]["export"]
+    written = {"config.json", "generation_config.json", "model.safetensors"}
+    assert files == written | {"manifest.json", "report.json", "report.html"}
+    facts = json.loads((folder / "manifest.json").read_text())["export"]
     assert facts["verified"]["relative_error"] < 1e-5
     assert (facts["layers"], facts["groups"]) == (7, 1)
 

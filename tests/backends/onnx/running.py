@@ -29,15 +29,35 @@ WEIGHTS = {
     "int8-grouped": [{"rtn": {"bits": 8, "group_size": 32, "head_bits": 4, "embedding_bits": 0}}],
     "fp8-e4m3-activations": [{"rtn": {"bits": 8}}, {"activations": {"format": "fp8_e4m3"}}],
     "fp8-e5m2-activations": [{"rtn": {"bits": 8}}, {"activations": {"format": "fp8_e5m2"}}],
+    "int4-hqq": [{"hqq": {"bits": 4, "group_size": 32}}],
+    "int4-rotated": ["quarot", {"rtn": {"bits": 4, "group_size": 32}}],
+    "svd": [{"svd": {"ratio": 0.2}}, {"rtn": {"bits": 8, "group_size": 0, "symmetric": True}}],
     "int8-dynamic": [{"rtn": {"bits": 8, "group_size": 0, "symmetric": True}}, "activations"],
 }
 """Passes in front of the caches, by a short name."""
+
+DECOMPOSED = {
+    "int3": [{"rtn": {"bits": 3, "group_size": 32}}],
+    "int2": [{"rtn": {"bits": 2, "group_size": 16, "symmetric": True}}],
+    "nf4": [{"nf4": {"group_size": 32}}],
+    "mxfp4": ["mxfp4"],
+    "fp8-e4m3": ["fp8"],
+    "fp8-e5m2": [{"fp8": {"format": "fp8_e5m2"}}],
+    "sparse-2:4": [{"magnitude": {"pattern": "2:4"}}, "compress_sparse"],
+    "sparse-2:4-int8": [
+        {"magnitude": {"pattern": "2:4"}},
+        {"rtn": {"bits": 8, "group_size": 32, "symmetric": True}},
+        "compress_sparse",
+    ],
+    "sparse": [{"magnitude": {"ratio": 0.8}}, "compress_sparse"],
+}
+"""The same, with weights that no profile has a form for."""
 
 
 @functools.cache
 def rewritten(name: str, weights: str = "fp32") -> Program:
     _, program = captured(name)
-    recipe = Recipe.load({"passes": ["merge_linear", *WEIGHTS[weights], "explicit_cache"]})
+    recipe = Recipe.load({"passes": ["merge_linear", *(WEIGHTS | DECOMPOSED)[weights], "explicit_cache"]})
     return PassManager(Context(Target.parse("cpu")), verify=False).run(program, plan_passes(recipe, program))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from backends.onnx.running import WEIGHTS, distance, exported, greedy, rewritten
+from backends.onnx.running import DECOMPOSED, WEIGHTS, distance, exported, greedy, rewritten
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +14,7 @@ from graphwright import packing
 from graphwright.backends.onnx.model import MODEL, build, unshaped
 from graphwright.backends.onnx.options import OnnxOptions
 from graphwright.backends.onnx.ort import block_size, blocked
+from graphwright.backends.onnx.translate import RefusalError
 
 PADDED = torch.tensor([[1] * 9, [0, 0, 0, 1, 1, 1, 1, 1, 1]])
 
@@ -31,6 +32,21 @@ def test_numbers_are_the_programs(weights: str, profile: str, opset: int, tmp_pa
     # A last bit that differs may round one activation to the next code.
     limit = 2e-2 if weights == "int8-dynamic" or weights.startswith("fp8") else 1e-4
     assert distance(program, session, PADDED, (7, 8, 9)) < limit
+
+
+@pytest.mark.parametrize("weights", DECOMPOSED)
+def test_other_formats_are_refused_or_decomposed(weights: str, tmp_path: Path) -> None:
+    program = rewritten("llama", weights)
+    for profile in ("ort", "standard", "tensorrt"):
+        if weights == "fp8-e4m3" and profile == "tensorrt":
+            continue
+        with pytest.raises(RefusalError, match="decompose=true") as raised:
+            build(program, OnnxOptions(profile=profile))
+        assert raised.value.node.startswith(("quantized_linear", "sparse_linear"))
+    for profile, opset in (("ort", 20), ("standard", 24)):
+        session = exported(program, tmp_path, profile=profile, opset=opset, decompose=True)
+        assert distance(program, session, PADDED, (7, 8, 9)) < 1e-4
+    assert unshaped(build(program, OnnxOptions(profile="standard", decompose=True))) == []
 
 
 @pytest.mark.parametrize("weights", ["int4", "int8"])

@@ -10,7 +10,7 @@ from graphwright.kernels.tir import attention as kernels
 from graphwright.numerics import relative_error
 from graphwright.ops import attention
 
-OPTIONS = ("window", "chunk", "prefix", "softcap")
+OPTIONS = ("window", "chunk", "prefix", "softcap", "anchors", "block")
 TOLERANCE = 2e-5
 """Elementwise; the polynomials of exp and tanh are good to 3e-7 of their largest value."""
 
@@ -90,3 +90,41 @@ def test_decode_options(window, softcap, with_sinks):
     sinks, slopes = (torch.randn(4), torch.rand(4)) if with_sinks else (None, None)
     sample = (query, key, value, query_at, key_at, None, slopes, sinks, 0.2, True, window, 0, 0, softcap)
     assert relative_error(kernel_output(sample, decode=True), attention(*sample)) < TOLERANCE
+
+
+LIMITS = [(5, 0, 3, 0), (16, 0, 0, 8), (24, 0, 9, 8), (0, 7, 2, 0), (40, 0, 4, 0), (4, 0, 0, 4)]
+
+
+@pytest.mark.parametrize(("window", "chunk", "anchors", "block"), LIMITS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_windows_with_anchors_and_blocks(window, chunk, anchors, block, causal):
+    torch.manual_seed(0)
+    key, value = torch.randn(2, 2, 131, 16), torch.randn(2, 2, 131, 16)
+    key_at = torch.arange(131)[None].repeat(2, 1)
+    key_at[1] = torch.randperm(131)
+    key_at[1, :3] = -1
+    for queries, last in ((1, 131), (1, 2), (37, 131), (70, 70)):
+        query_at = torch.arange(last - queries, last)[None].repeat(2, 1)
+        query = torch.randn(2, 4, queries, 16)
+        rest = (None, None, None, 0.25, causal, window, chunk, 0, 0.0, anchors, block)
+        sample = (query, key, value, query_at, key_at, *rest)
+        expected = attention(*sample)
+        for decode in (False, True)[: 2 if queries == 1 else 1]:
+            assert relative_error(kernel_output(sample, decode), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_blocks_that_no_query_sees_are_not_read(decode):
+    """What a kernel skips may hold anything: NaN there would spread through every sum it takes part in."""
+    torch.manual_seed(0)
+    queries = 1 if decode else 32
+    query, key, value = torch.randn(1, 2, queries, 16), torch.randn(1, 2, 512, 16), torch.randn(1, 2, 512, 16)
+    query_at, key_at = torch.arange(512 - queries, 512)[None], torch.arange(512)[None]
+    sample = (query, key, value, query_at, key_at, None, None, None, 0.25, True, 64, 0, 0, 0.0, 4)
+    expected = attention(*sample)
+    first = 512 - queries - 64 - 32
+    poisoned = [tensor.clone() for tensor in (key, value)]
+    for tensor in poisoned:
+        tensor[:, :, 32:first] = float("nan")
+    found = kernel_output((query, *poisoned, *sample[3:]), decode)
+    assert relative_error(found, expected) < TOLERANCE

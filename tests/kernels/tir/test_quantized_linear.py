@@ -1,14 +1,19 @@
 """Low-bit linear kernels of every instruction set that this machine has, against the eager reference."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
+import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels.tir.running import HOST, code_rows, nowhere, run, size
 from torch.nn import functional
 
 from graphwright import packing
-from graphwright.kernels.tir import tiles
+from graphwright.backends.tvm.machine import tvm_target
+from graphwright.kernels.tir import amx, tiles
 from graphwright.kernels.tir.isa import ISAS, Isa, choose
 from graphwright.kernels.tir.linear import Linear
 from graphwright.kernels.tir.quantized_linear import code_row, matrix, vector
@@ -71,7 +76,7 @@ def check(rows: int, case: tuple, isa: Isa) -> float:
 def test_kernels_equal_the_reference(case):
     torch.manual_seed(0)
     # Sums of at most 160 products are exact in int32; what is left is float32 addition of the groups.
-    for rows in (1, 3, 8, 17):
+    for rows in (1, 3, 8, 17, 45):
         assert check(rows, case, HERE[0]) < 2e-6
 
 
@@ -84,6 +89,23 @@ def test_other_instruction_sets_equal_the_reference(isa):
 
 def test_more_rows_than_a_task_takes():
     assert check(261, LAYERS[0], choose(HOST.features)) < 2e-6
+
+
+@pytest.mark.parametrize(("features", "instruction"), [((), "vpdpbusd"), (("amx_int8",), "tdpbs[su]d")], ids=str)
+def test_machine_code_holds_the_dot_product_of_its_instruction_set(features, instruction):
+    """Compiled for machines that need not be this one."""
+    target = replace(HOST, arch="x86_64", features=("avx2", "fma", "avx512bw", "avx512_vnni", *features))
+    for outputs, width, format, group, *options in (LAYERS[0], LAYERS[3]):
+        layer = Linear(outputs, width, format, group, options[0], "float16")
+        function = matrix(layer, choose(target.features), (size("batch"), size("sequence")))
+        module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
+        code = tvm.compile(module, target=tvm_target(target)).mod.inspect_source("asm")
+        assert re.search(instruction, code), format
+
+
+@pytest.mark.parametrize(("span", "codes"), [(32, 32), (64, 64), (576, 64), (80, 40), (24, 24), (8, 0), (4, 0)])
+def test_tile_registers_are_filled_as_far_as_a_span_allows(span, codes):
+    assert amx.depth(span) == codes
 
 
 @given(
@@ -108,6 +130,7 @@ def test_tiles_are_a_bit_exact_round_trip(format, rows, groups, steps, seed):
 
 def test_the_best_instruction_set_is_chosen():
     assert choose(["avx2", "fma", "avx512bw", "avx512_vnni"]).name == "avx512_vnni"
+    assert choose(["avx512bw", "avx512_vnni", "amx_int8"]).name == "amx_int8"
     assert choose(["avx2", "fma"]).name == "avx2"
     assert choose(["asimd"]).name == "generic"
     assert choose(["asimd", "asimddp"]).name == "asimddp"

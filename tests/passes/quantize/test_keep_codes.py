@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from checkpoints.making import logits
-from checkpoints.test_gguf import LINEAR, write
-from checkpoints.test_gptq import checkpoint
+from interchange.making import logits
+from interchange.test_gguf import LINEAR, write
+from interchange.test_gptq import checkpoint
 from rich.console import Console
 
 import graphwright
 from graphwright.capture import capture
-from graphwright.checkpoints.packed import Packed, PackedLinear
 from graphwright.errors import PassError, RecipeError
+from graphwright.interchange.packed import Packed, PackedLinear
 from graphwright.manager import plan_passes
 from graphwright.numerics import relative_error
 from graphwright.ops import quantized_embedding, quantized_linear

@@ -1,0 +1,1 @@
+"""Export formats that need no backend, one a file; see `graphwright.export_format`."""
