@@ -92,6 +92,8 @@ class Pass(BaseModel):
     replaces_weights: ClassVar[bool] = False
     """The pass retires large weights one after the other. Where memory counts, it is compared with outputs that are
     computed ahead, so that nothing holds the old weights; a mistake is then found without its node."""
+    reads_codes: ClassVar[bool] = False
+    """The model is to be read with the codes that its checkpoint holds, where it is quantized already."""
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Rewrites `program` in place, or returns another."""

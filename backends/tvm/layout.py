@@ -129,7 +129,7 @@ def _embedding_cost(
 def _embedding_samples(dtype: torch.dtype) -> Iterator[Sample]:
     for sample in ops.quantized_embedding.samples_of(dtype):
         indices, weight, scale, zero, format, group_size, *rest = sample.args
-        if group_size % tiles.STEP[format] == 0:
+        if tiles.fits(format, group_size):
             tiled = _tiled(weight, scale, zero, format, group_size)
             yield Sample((indices, *tiled, format, group_size, *rest), note=sample.note)
 
