@@ -5,6 +5,7 @@ from typing import Any, Literal
 import onnx
 from pydantic import Field, model_validator
 
+from graphwright import packing
 from graphwright.export_format import FormatOptions
 
 Profile = Literal["ort", "standard", "tensorrt"]
@@ -50,6 +51,11 @@ class OnnxOptions(FormatOptions):
 
     def refusal(self, format: str) -> tuple[str, str] | None:
         """What keeps weights of a format out of the file, and what to do; None if they are carried."""
+        if format in packing.FORMATS and packing.FORMATS[format].offset:
+            return (
+                f"ONNX has no form for weights of format {format}, whose codes have an offset in place of zero points",
+                "Use a recipe that quantizes, such as int4, in place of the checkpoint's own codes",
+            )
         if self.decompose:
             return None
         if format not in CARRIED[self.profile]:

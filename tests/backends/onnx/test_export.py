@@ -169,3 +169,11 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
 def test_onnx_compiles_nothing() -> None:
     with pytest.raises(BackendError, match="format to export to"):
         graphwright.compile(build("llama"), options=graphwright.CompileOptions(backend="onnx"))
+
+
+@pytest.mark.parametrize("decompose", [False, True])
+def test_offset_formats_are_refused_in_every_profile(decompose):
+    """Read as zero points, their offsets would give other numbers."""
+    for profile in ("ort", "standard", "tensorrt"):
+        problem, _ = OnnxOptions(profile=profile, opset=24, decompose=decompose).refusal("int4_offset")
+        assert "an offset in place of zero points" in problem
