@@ -35,7 +35,7 @@ def main() -> None:
         "awq": [AWQModifier(), QuantizationModifier(config_groups=scheme, ignore=["lm_head"])],
     }[method]
     # Version 0.14.0.1 pins memory for a GPU that need not be there, and then stops.
-    IntermediatesCache.pin_memory = lambda _self, _batch: None
+    IntermediatesCache.pin_memory = lambda *_arguments: None
     # A processor is asked for though the tokens are there; nothing is called on it.
     oneshot(
         model=model,
