@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from graphwright.evaluate import shape_at, size_at
-from graphwright.ops import attention, gated_activation, grouped_linear, rms_norm
+from graphwright.ops import attention, experts, gated_activation, grouped_linear, rms_norm
 from graphwright.program import Program
 from graphwright.rewrite import Editor
 
@@ -233,6 +233,8 @@ def readers(source: fx.Node) -> list[tuple[fx.Node, Operand]] | None:
         if user.args and user.args[0] is source and user.all_input_nodes.count(source) == 1:
             if user.target in (aten.linear.default, grouped_linear.target):
                 weight = constant(user, 1, 1)
+            elif user.target is experts.target:
+                weight = constant(user, 3, 2)
             elif user.target in PER_TOKEN and keeps_channels(user):
                 further = readers(user)
                 if further is None:

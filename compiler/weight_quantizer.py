@@ -22,10 +22,18 @@ from pydantic import Field, field_validator
 from torch import Tensor, fx
 
 from graphwright import allocation, calibration, rounding, structure
-from graphwright.calibration import Collector, Stop
+from graphwright.calibration import Collector, Stop, Weights
 from graphwright.checkpoint import Checkpoint
 from graphwright.errors import PassError
-from graphwright.expert_quantizer import ExpertLayer, expert_layers, quantize_experts
+from graphwright.expert_quantizer import (
+    ExpertLayer,
+    Routed,
+    SolvedExperts,
+    expert_layers,
+    install_experts,
+    solve_experts,
+    stop_of,
+)
 from graphwright.ops import moe_routing, quantized_embedding, quantized_linear
 from graphwright.pass_ import Context, Pass, PassResult
 from graphwright.program import Program
@@ -72,6 +80,11 @@ class WeightQuantizer(Pass):
         "float_dtype",
         "folded",
         "experts",
+        "fewer_experts",
+        "fewer_active_experts",
+        "expert_capacity",
+        "expert_choice",
+        "shared_experts_fused",
         "pruned",
         "fewer_layers",
         "low_rank",
@@ -91,6 +104,9 @@ class WeightQuantizer(Pass):
     layers: dict[str, LayerOptions] = Field({}, description="changes for layers whose weight matches a pattern")
     keep_first: int = Field(0, ge=0, description="linear layers at the start that stay in floating point")
     keep_last: int = Field(0, ge=0, description="linear layers before the head that stay in floating point")
+    expert_tokens: int = Field(
+        128, ge=0, description="calibrated: an expert with fewer tokens is rounded on those of all experts of its layer"
+    )
 
     @field_validator("layers")
     @classmethod
@@ -140,6 +156,11 @@ class WeightQuantizer(Pass):
         """
         raise NotImplementedError(f"pass {self.name} rounds nothing")
 
+    def solve_expert(self, weight: Tensor, scheme: Scheme, statistics: Any) -> Quantized:
+        """Rounds one weight of an expert, which is stored as codes with a grid, whatever `solve` makes of layers."""
+        solved: Quantized = self.solve(weight, scheme, statistics)
+        return solved
+
     def restore(self, tensors: dict[str, Tensor], scheme: Scheme, width: int) -> Any:
         """What `solve` returned, from its `tensors` and the number of columns K."""
         return Quantized.restore(tensors, scheme, width)
@@ -169,14 +190,18 @@ class WeightQuantizer(Pass):
             self._refuse_unmatched(unmatched, [*found, *(m.up for m in mixtures)])
             layers, notes = self.choose(program, context, found)
             layers = [layer for layer in layers if editor.allow(layer.node)]
+            mixtures = [mixture for mixture in mixtures if editor.allow(mixture.node)]
             if self.calibrated:
-                self._walk(program, context, edit, [layer for layer in layers if not layer.head])
+                inner = [layer for layer in layers if not layer.head]
+                notes |= self._walk(program, context, edit, inner, mixtures)
             for count, layer in enumerate(layers):
                 if layer.head or not self.calibrated:
                     context.progress(f"{self.name} {layer.name}", count / len(layers))
                     self._install(edit, layer, None)
                     editor.retire(layer.node)
-            self._experts(context, edit, mixtures, notes)
+            for mixture in mixtures if not self.calibrated else ():
+                self._experts(context, edit, mixture, None)
+                editor.retire(mixture.node)
             notes["layer_errors_of"] = self.error_of
             if self.embedding_bits:
                 for node, table in structure.embeddings(program):
@@ -186,20 +211,15 @@ class WeightQuantizer(Pass):
         return PassResult(program, editor.sites, notes=notes, layer_errors=edit.errors)
 
     def _experts(
-        self, context: Context, edit: "Installation", mixtures: list[ExpertLayer], notes: dict[str, Any]
-    ) -> None:
-        """Rounds every expert by itself; a calibrated method, which may see too few tokens of one, to nearest."""
-
-        def solve(weight: Tensor, scheme: Scheme) -> Quantized:
-            return rounding.quantize(weight, scheme) if self.calibrated else self.solve(weight, scheme, None)
-
-        for count, mixture in enumerate(mixtures):
-            if edit.editor.allow(mixture.node):
-                done = count / len(mixtures)
-                progress = lambda text, done=done: context.progress(f"{self.name} {text}", done)  # noqa: E731
-                edit.errors.update(quantize_experts(edit.editor, mixture, solve, progress))
-        if mixtures and self.calibrated:
-            notes["experts"] = "rounded to nearest, not calibrated"
+        self, context: Context, edit: "Installation", mixture: ExpertLayer, seen: Routed | None
+    ) -> SolvedExperts:
+        """Rounds every expert of a layer by itself, on the tokens that were seen, and installs them."""
+        calibrated = None if seen is None else (seen, self.collector, self.expert_tokens)
+        progress = lambda text: context.progress(f"{self.name} {text}", 0.5)  # noqa: E731
+        program = edit.editor.program
+        solved = solve_experts(program, mixture, self.solve_expert, self.error, progress, calibrated)
+        edit.errors.update(install_experts(edit.editor, mixture, solved))
+        return solved
 
     def _refuse_unmatched(self, unmatched: set[str], known: list[Any]) -> None:
         if unmatched:
@@ -233,20 +253,41 @@ class WeightQuantizer(Pass):
                 scheme = options.apply(scheme or self.scheme())
         return scheme
 
-    def _walk(self, program: Program, context: Context, edit: "Installation", layers: list[Layer]) -> None:
+    def _walk(
+        self,
+        program: Program,
+        context: Context,
+        edit: "Installation",
+        layers: list[Layer],
+        mixtures: list[ExpertLayer],
+    ) -> dict[str, Any]:
         """Solves layers in the order in which data reaches them, each behind the quantized ones before it."""
-        stages = calibration.by_input(program, layers)
+        order = {node: place for place, node in enumerate(program.graph.nodes)}
+        stages: list[tuple[Stop, list[Layer] | ExpertLayer]] = [
+            (Stop(node, f"{self.name} {group[0].name}"), group) for node, group in calibration.by_input(program, layers)
+        ]
+        stages += [(stop_of(mixture, order, f"{self.name} {mixture.up.name}"), mixture) for mixture in mixtures]
+        stages.sort(key=lambda stage: order[stage[0].node])
         batches = calibration.samples(program, context)
         edit.checkpoint = Checkpoint.of(self, program, batches, context)
+        pooled: dict[str, list[int]] = {}
 
-        def visit(index: int, collected: Collector) -> dict[fx.Node, Tensor]:
-            return {layer.node: self._install(edit, layer, collected).dense() for layer in stages[index][1]}
+        def visit(index: int, collected: Any) -> dict[fx.Node, Weights]:
+            work = stages[index][1]
+            if isinstance(work, ExpertLayer):
+                solved = self._experts(context, edit, work, collected)
+                pooled[work.up.name] = solved.pooled
+                return {work.node: solved.dense()}
+            return {layer.node: self._install(edit, layer, collected).dense() for layer in work}
 
         def known(index: int) -> bool:
-            return all(edit.known(layer) for layer in stages[index][1])
+            work = stages[index][1]
+            return not isinstance(work, ExpertLayer) and all(edit.known(layer) for layer in work)
 
-        stops = [Stop(node, f"{self.name} {group[0].name}") for node, group in stages]
+        stops = [stop for stop, _ in stages]
         calibration.walk(program, batches, stops, self.collector, visit, context.progress, known)
+        rare = {name: found for name, found in pooled.items() if found}
+        return {"experts_rounded_on_tokens_of_all": rare} if mixtures else {}
 
     def _install(self, edit: "Installation", layer: Layer, statistics: Any) -> Solved:
         """Solves a layer, unless another one that reads the same weight is solved, and puts it in the graph."""

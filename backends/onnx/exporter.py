@@ -20,8 +20,8 @@ from graphwright.backends.onnx import ort
 from graphwright.backends.onnx.genai import write_config
 from graphwright.backends.onnx.options import OnnxOptions
 from graphwright.backends.onnx.runtime import Session, import_runtime, padded_batch
-from graphwright.errors import BackendError, RecipeError
-from graphwright.export_format import Export, Format, Verified, error_limit
+from graphwright.errors import RecipeError
+from graphwright.export_format import Export, Format, Verified, compare, error_limit
 from graphwright.numerics import relative_error
 from graphwright.pass_ import Pass
 from graphwright.recipe import Recipe, make_pass
@@ -54,11 +54,15 @@ class Onnx(Format):
             import_runtime()
 
     def recipe(self, recipe: Recipe, options: Any) -> Recipe:
-        """The recipe with explicit caches instead of caches in place.
+        """The recipe with explicit caches instead of caches in place, and codes with their zeros.
 
         Raises:
             RecipeError: a pass needs what ONNX cannot carry.
         """
+        if any("quantized" in one.provides for one in recipe.passes):
+            # Codes stand for zeros too, and take less than the zeros of a dense weight in floating point.
+            passes = tuple(one for one in recipe.passes if not SPARSE & set(one.provides))
+            recipe = recipe.model_copy(update={"passes": passes})
         for one in recipe.passes:
             _refuse_format(one, options)
             if REPLACED & set(one.requires):
@@ -74,7 +78,7 @@ class Onnx(Format):
         """The model with its weights, the tokenizer's files, and the configuration for onnxruntime-genai.
 
         Raises:
-            BackendError: the program holds what the profile cannot carry.
+            RefusalError: the program holds what the profile cannot carry.
         """
         program, options = export.program, export.options
         export.progress("translate to ONNX", 0.6)
@@ -88,15 +92,14 @@ class Onnx(Format):
         return {"nodes": built.graph.num_nodes(), "genai": genai}
 
     def verify(self, export: Export) -> Verified:
-        """Runs what was written on ONNX Runtime, prefill and decode, and compares the logits.
+        """Runs what was written on ONNX Runtime and compares the outputs; with caches, of a prefill and a decode step.
 
         Raises:
-            BackendError: ONNX Runtime is missing or does not run the model.
+            BackendError: ONNX Runtime does not run the model.
         """
-        program = export.program
+        program, session = export.program, Session(export.directory)
         if not any(spec.name == "key_mask" for spec in program.contract.inputs):
-            raise BackendError("Only language models with caches can be verified", fix="Use a recipe with static_cache")
-        session = Session(export.directory)
+            return compare(program, session, session.runtime)
         ids, mask = padded_batch(program.metadata.vocab_size)
         length = ids.shape[1]
         places = (mask.cumsum(1) - 1).clamp(min=0)

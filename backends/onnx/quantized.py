@@ -34,11 +34,31 @@ def dequantized(t: Translator, node: fx.Node) -> tuple[ir.Value, int]:
     def make() -> ir.Value:
         b = t.builder
         codes = packing.unpack(weight, format, group_size).reshape(outputs * groups, group_size)
+        if t.options.profile == "ort" and zero_point is None and _is_table(t, node):
+            return _table_rows(t, name, codes, scale.float().reshape(-1))
         rows = _rows(t, f"{name}_codes", codes, scale.float().reshape(-1), zeros(zero_point, scale, format), format)
         return rows if groups == 1 else b("Reshape", rows, b.ints([outputs, groups * group_size]))
 
     made: ir.Value = t.shared_value(("dequantized", name), make)
     return made, groups * group_size
+
+
+def _is_table(t: Translator, node: fx.Node) -> bool:
+    """Whether the weight is a token table too, which ONNX Runtime's operator reads as whole unsigned bytes."""
+    whole = int(argument(node, "group_size")) == int(node.args[0].meta["val"].shape[-1])
+    if argument(node, "format") != "int8" or not whole:
+        return False
+    name = argument(node, "weight").target
+    tables = t.program.calls(ops.quantized_embedding.target)
+    return any(argument(table, "weight").target == name for table in tables)
+
+
+def _table_rows(t: Translator, name: str, codes: Tensor, scale: Tensor) -> ir.Value:
+    """Float32 rows [N, K] over the very tensor of the token lookup: a head that is tied to it costs no bytes."""
+    b = t.builder
+    stored = b.weight(f"{name}_table", (codes.to(torch.int16) + 128).to(torch.uint8))
+    zero = b.weight(f"{name}_table_zero", torch.full(scale.shape, 128, dtype=torch.uint8))
+    return b("DequantizeLinear", stored, b.weight(f"{name}_codes_scale", scale), zero, axis=0)
 
 
 def _rows(t: Translator, name: str, codes: Tensor, scale: Tensor, points: Tensor, format: str) -> ir.Value:

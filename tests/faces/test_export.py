@@ -11,9 +11,11 @@ import pytest
 import torch
 from families.configs import build
 from torch import nn
+from typer.testing import CliRunner
 
 import graphwright
 from graphwright import artifact, exporting, formats, registry
+from graphwright.cli import app
 from graphwright.errors import ArtifactError, BackendError
 from graphwright.formats import torch_export
 from graphwright.report.data import Report
@@ -83,13 +85,15 @@ def test_an_export_for_other_runtimes_is_not_loaded_as_an_artifact(written):
         graphwright.load(folder)
 
 
-def test_torch_export_takes_the_contracts_inputs_in_order(tmp_path):
-    graphwright.export(build("llama"), "torch-export", tmp_path / "out", recipe="none")
-    found = torch_export.load(tmp_path / "out")
-    facts = artifact.read_manifest(tmp_path / "out").export
+def test_torch_export_takes_the_contracts_inputs_in_order(written):
+    name, folder = written
+    if name != "torch-export":
+        return
+    found, facts = torch_export.load(folder), artifact.read_manifest(folder).export
     names = [s.arg.name for s in found.graph_signature.input_specs if s.kind.name == "USER_INPUT"]
     assert len(names) == len(facts["inputs"])
     assert facts["inputs"][0] == "input_ids"
+    assert any("quantized_linear" in str(node.target) for node in found.graph.nodes)
 
 
 @pytest.mark.parametrize(
@@ -109,14 +113,12 @@ def test_wrong_names_are_refused_before_the_model_is_read(format, options, messa
 
 
 def test_what_computes_something_else_is_not_written(tmp_path, monkeypatch):
-    other, right = build("llama", initializer_range=0.5), torch_export.exported_program
-
-    def wrong(_program):
-        return right(graphwright.capture(other))
-
-    monkeypatch.setattr(torch_export, "exported_program", wrong)
+    inputs, right = {"input": torch.randn(3, 6)}, torch_export.exported_program
+    torch.manual_seed(1)
+    other = nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 3)).eval()
+    monkeypatch.setattr(torch_export, "exported_program", lambda _: right(graphwright.capture(other, inputs)))
     with pytest.raises(BackendError, match="does not compute what the program computes"):
-        exporting.export(build("llama"), "torch-export", tmp_path / "out", recipe="none", verify=True)
+        exporting.export(plain(), "torch-export", tmp_path / "out", recipe="none", verify=True, example_inputs=inputs)
     assert not list(tmp_path.iterdir())
 
 
@@ -194,19 +196,19 @@ COMMAND = (sys.executable, "-P", "-c", "from graphwright.cli import main; main()
 
 
 def test_the_command_line_prints_one_document(tiny_model_directory, tmp_path):
-    command = [*COMMAND, "export", str(tiny_model_directory), "-o", str(tmp_path / "out"), "--format", "onnx"]
-    finished = subprocess.run(
-        [*command, "--recipe", "int8", "--option", "opset=24", "--verify", "--json"], capture_output=True, text=True
-    )
-    assert finished.returncode == 0, finished.stderr
+    command = ["export", str(tiny_model_directory), "-o", str(tmp_path / "out"), "--format", "onnx"]
+    finished = CliRunner().invoke(app, [*command, "--recipe", "int8", "--option", "opset=24", "--verify", "--json"])
+    assert finished.exit_code == 0, finished.output
     found = json.loads(finished.stdout)
     assert found["output"] == str(tmp_path / "out")
     assert found["export"]["options"]["opset"] == 24
     assert found["export"]["verified"]["relative_error"] < 1e-3
     assert found["export"]["files"]["model.onnx"] > 0
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 11
-    assert "holds an artifact already" in again.stderr.replace("\n", " ")
+    again = CliRunner().invoke(app, command)
+    assert isinstance(again.exception, ArtifactError)
+    assert "holds an artifact already" in str(again.exception)
+    wrong = CliRunner().invoke(app, [*command, "--force", "--option", "opset"])
+    assert "--option takes name=value" in str(wrong.exception)
 
 
 def test_a_process_that_is_told_to_end_leaves_nothing(tiny_model_directory, tmp_path):
@@ -221,8 +223,8 @@ def test_a_process_that_is_told_to_end_leaves_nothing(tiny_model_directory, tmp_
 
 
 def test_formats_are_listed_with_their_options():
-    finished = subprocess.run([*COMMAND, "formats", "--json"], capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
+    finished = CliRunner().invoke(app, ["formats", "--json"])
+    assert finished.exit_code == 0, finished.output
     rows = json.loads(finished.stdout)
-    assert {"onnx", "torch-export", "aoti"} <= {row["format"] for row in rows}
-    assert {"profile", "opset"} <= {row["option"] for row in rows if row["format"] == "onnx"}
+    assert {"onnx", "torch-export", "aoti", "tensorrt"} <= {row["format"] for row in rows}
+    assert {"profile", "opset", "decompose"} <= {row["option"] for row in rows if row["format"] == "onnx"}

@@ -147,3 +147,32 @@ def test_sizes(value, text):
 )
 def test_durations(seconds, text):
     assert facts.duration(seconds) == text
+
+
+def exported_report():
+    made = report(*(two_linears() for _ in range(2)))
+    verified = {"relative_error": 2.5e-6, "tokens_per_second": 41.5, "runtime": "ONNX Runtime 1, CPU", "limit": 0.01}
+    made.export = {"format": "onnx", "options": {"opset": 24}, "nodes": 12, "files": {"model.onnx": 2500, EVIL: 1}}
+    made.export["verified"] = verified
+    made.coverage = {**made.coverage, "left": {"sort_1": f"no kernel {EVIL}"}}
+    return made
+
+
+def test_the_page_shows_an_export_its_files_and_what_running_it_has_shown():
+    page = render(exported_report())
+    for text in ("Verified by running it", "ONNX Runtime 1, CPU", "2.5e-06", "41.5", "model.onnx", "2.50 kB"):
+        assert text.replace("2.50", "2.5") in page, text
+    assert "All 1 node that stayed out" in page
+    assert EVIL not in page
+    made = exported_report()
+    made.export["verified"] = None
+    assert "export with --verify" in render(made)
+
+
+def test_the_terminal_shows_an_export():
+    console = Console(file=io.StringIO(), width=160)
+    print_report(exported_report(), console)
+    shown = console.file.getvalue()
+    assert "onnx: 2 files" in shown
+    assert "opset=24" in shown
+    assert "2.5e-06" in shown

@@ -8,7 +8,9 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from families.configs import build
@@ -38,6 +40,10 @@ MISSING = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _complete() -> None:
+    require_browser()
+
+
+def require_browser() -> None:
     """A machine without a browser skips these tests; where everything is installed on purpose, that is a failure."""
     if MISSING and os.environ.get("CI"):
         pytest.fail(f"missing: {', '.join(MISSING)}")
@@ -69,26 +75,43 @@ def exported(tmp_path_factory) -> Path:
     return graphwright.export(folder / "model", "onnx", folder / "out", recipe=INT4)
 
 
-@pytest.fixture(scope="module")
-def address(exported: Path) -> Iterator[str]:
+def sample() -> Any:
+    """The module samples/web/serve.py."""
     spec = importlib.util.spec_from_file_location("serve", WEB / "serve.py")
     serve = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(serve)
-    with serve.server(exported) as serving:
+    return serve
+
+
+@contextmanager
+def served(model: Path) -> Iterator[str]:
+    """The address of the page over an exported model."""
+    with sample().server(model) as serving:
         threading.Thread(target=serving.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{serving.server_address[1]}/"
         serving.shutdown()
 
 
-@pytest.fixture(scope="module")
-def page(address: str, tmp_path_factory) -> Iterator[Browser]:
-    with Browser(tmp_path_factory.mktemp("profile")) as browser:
+@contextmanager
+def opened(address: str, profile: Path) -> Iterator[Browser]:
+    """A browser at the page, when the model is loaded."""
+    with Browser(profile) as browser:
         browser.open(address + "?threads=1")
         state = browser.until("const s = document.body.dataset.state; return s != 'loading' && s")
-        assert state == "ready", (
-            browser.run("return document.getElementById('status').textContent"),
-            browser.console(),
-        )
+        said = browser.run("return document.getElementById('status').textContent")
+        assert state == "ready", (said, browser.console())
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def address(exported: Path) -> Iterator[str]:
+    with served(exported) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def page(address: str, tmp_path_factory) -> Iterator[Browser]:
+    with opened(address, tmp_path_factory.mktemp("profile")) as browser:
         yield browser
 
 
@@ -153,8 +176,5 @@ def test_the_server_hands_out_nothing_else(address: str) -> None:
 
 
 def test_a_folder_that_is_no_export_is_refused(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("serve", WEB / "serve.py")
-    serve = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(serve)
     with pytest.raises(FileNotFoundError, match=r"model.onnx.*--format onnx"):
-        serve.server(tmp_path)
+        sample().server(tmp_path)

@@ -12,13 +12,16 @@ from graphwright.backends.onnx.model import MODEL, unshaped
 
 PADDED = torch.tensor([[1] * 9, [0, 0, 0, 1, 1, 1, 1, 1, 1]])
 HOLE = torch.tensor([[1] * 9, [1, 1, 1, 0, 0, 0, 0, 1, 1]])
+BOTH = {"llama", "gemma3", "deepseek_v3", "gpt_oss", "bloom"}
+"""Families that are run in both opsets: what they are made of covers the others."""
+
 FULL = torch.ones(1, 9, dtype=torch.int64)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_standard_operators(name: str, tmp_path: Path) -> None:
     program = rewritten(name)
-    for opset in (20, 24):
+    for opset in (20, 24) if name in BOTH else (24,):
         session = exported(program, tmp_path, profile="standard", opset=opset)
         assert distance(program, session, PADDED, (6, 8, 9)) < 1e-4
         # With the shape inference of the checker, which refuses a shape that contradicts its own.
@@ -30,7 +33,8 @@ def test_standard_operators(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CAUSAL)
 def test_operators_of_onnx_runtime(name: str, tmp_path: Path) -> None:
     program = rewritten(name)
-    assert distance(program, exported(program, tmp_path, profile="ort", opset=24), PADDED, (7, 8, 9)) < 1e-4
+    if name in BOTH:
+        assert distance(program, exported(program, tmp_path, profile="ort", opset=24), PADDED, (7, 8, 9)) < 1e-4
     session = exported(program, tmp_path, profile="ort", opset=20)
     assert unshaped(onnx_ir.load(tmp_path / MODEL)) == []
     assert distance(program, session, PADDED, (7, 8, 9)) < 1e-4

@@ -1,14 +1,16 @@
 """SmolLM2-135M-Instruct as int4 ONNX: the program's tokens on ONNX Runtime, and in onnxruntime-genai unmodified."""
 
+import json
 from pathlib import Path
 
 import onnx
 import onnx_ir
 import pytest
 import torch
+from samples.test_web import ASK, opened, require_browser, served
 
 from graphwright.backends.onnx.exporter import FORMAT
-from graphwright.backends.onnx.model import MODEL, unshaped
+from graphwright.backends.onnx.model import DATA, MODEL, unshaped
 from graphwright.backends.onnx.runtime import Session
 from graphwright.capture import capture
 from graphwright.compiled import CompileOptions, rewrite
@@ -82,3 +84,26 @@ def test_every_tensor_of_the_file_has_a_type_and_a_shape(exported: tuple[Program
     model = onnx_ir.load(exported[1] / MODEL)
     assert unshaped(model) == []
     onnx.checker.check_model(str(exported[1] / MODEL))
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_the_page_in_the_browser_says_what_onnx_runtime_says(exported: tuple[Program, Path], tmp_path: Path) -> None:
+    require_browser()
+    folder = exported[1]
+    question = "The capital of France is"
+    expected, _ = Session(folder).greedy(Tokenizer(folder).encode(question), 6)
+    with served(folder) as address, opened(address, tmp_path / "profile") as page:
+        assert page.run(ASK, question, 6) == "running"
+        page.until("return document.body.dataset.state != 'running'")
+        assert json.loads(page.run("return document.body.dataset.tokens")) == expected
+        assert "Paris" in page.run("return document.getElementById('output').textContent")
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_the_head_and_the_token_table_are_one_tensor(exported: tuple[Program, Path]) -> None:
+    """The file holds what the program holds, and little more: graph, block scales."""
+    program, folder = exported
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in program.weights().values())
+    assert (folder / DATA).stat().st_size < 1.15 * weights

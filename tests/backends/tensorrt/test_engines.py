@@ -42,11 +42,14 @@ RECIPES = {
     "fp8": [*CACHED, {"fp8": {"scale_dtype": "float32"}}, {"activations": {"format": "fp8_e4m3"}}],
 }
 
+PARTLY = {"nf4": [*CACHED, {"nf4": {"group_size": 32}}]}
+"""Recipes of whose programs engines take a part."""
+
 
 @functools.cache
 def rewritten(family: str, recipe: str) -> Program:
     _, program = captured(family)
-    passes = plan_passes(Recipe.load({"passes": RECIPES[recipe]}), program)
+    passes = plan_passes(Recipe.load({"passes": (RECIPES | PARTLY)[recipe]}), program)
     return PassManager(Context(Target.parse("cpu")), verify=False).run(program, passes)
 
 

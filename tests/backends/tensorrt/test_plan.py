@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from backends.tensorrt.test_engines import CACHED, RECIPES, rewritten, steps
+from backends.tensorrt.test_engines import PARTLY, RECIPES, rewritten, steps
 from families.configs import build
 from torch import Tensor
 
@@ -28,9 +28,6 @@ from graphwright.target import local_gpu
 needs_tensorrt = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="pip install 'graphwright[tensorrt]'"
 )
-
-NF4 = [*CACHED, {"nf4": {"group_size": 32}}]
-RECIPES["nf4"] = NF4
 
 
 class Twin:
@@ -169,7 +166,7 @@ def test_what_the_builder_refuses_is_left_out_too(tmp_path: Path, monkeypatch: p
 
 @needs_tensorrt
 def test_an_export_holds_engines_leftovers_and_plan(tmp_path: Path) -> None:
-    out = graphwright.export(build("llama"), "tensorrt", tmp_path / "out", recipe={"passes": NF4})
+    out = graphwright.export(build("llama"), "tensorrt", tmp_path / "out", recipe={"passes": PARTLY["nf4"]})
     kernels = out / "kernels"
     facts = json.loads((kernels / "sm_89.json").read_text())
     engines = [part for part in facts["parts"] if part["kind"] == "engine"]
