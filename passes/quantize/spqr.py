@@ -26,7 +26,7 @@ from graphwright.ops.spqr_linear import dense_part, merged
 from graphwright.pass_ import Context, Paper, PassResult
 from graphwright.passes.quantize.gptq import Columns
 from graphwright.program import Program
-from graphwright.rounding import Grid
+from graphwright.rounding import Grid, Quantized
 from graphwright.scheme import Scheme
 from graphwright.second_order import aligned, inverse_factor, sweep
 from graphwright.weight_quantizer import Installation, Layer, WeightQuantizer, integer_format
