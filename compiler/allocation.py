@@ -1,4 +1,4 @@
-"""Mixed precision: which of its options each layer gets, for the least total loss within a number of bytes.
+"""Mixed precision: which of its options each layer gets, for the least loss within some bytes, or the reverse.
 
 The whole frontier is computed exactly: layers are added one after another, and of all choices so far only those stay
 that no other one beats in both bytes and loss.
@@ -63,6 +63,21 @@ def within(points: Sequence[Point], budget: int) -> Point:
             fix="Allow more bits, offer smaller widths, or use larger groups",
         )
     return affordable[-1]
+
+
+def reaching(points: Sequence[Point], loss: float) -> Point:
+    """The smallest point whose loss is at most `loss`.
+
+    Raises:
+        PassError: even the best loses more.
+    """
+    found = next((point for point in points if point.loss <= loss), None)
+    if found is None:
+        raise PassError(
+            f"The budget is a total loss of {loss:.3g}, and the layers lose at least {points[-1].loss:.3g}",
+            fix="Allow more error, offer larger widths, or use smaller groups",
+        )
+    return found
 
 
 def _undominated(points: list[tuple[int, float, _Chain]]) -> list[tuple[int, float, _Chain]]:

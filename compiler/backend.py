@@ -92,6 +92,15 @@ class AheadOfTimeBackend(Protocol):
 
 
 @runtime_checkable
+class TunableBackend(Protocol):
+    """A backend that can pick the schedules of its kernels by measuring them on this machine."""
+
+    def tuned(self, seconds: float) -> Backend:
+        """The same backend, which measures for that long before it compiles."""
+        ...
+
+
+@runtime_checkable
 class KernelLister(Protocol):
     """A backend that can say what its compiled kernels are made of."""
 
@@ -166,6 +175,19 @@ def choose(program: Program, target: Target, candidates: Sequence[Backend]) -> t
         name, reason = next(iter(reasons.items()))
         passed_over[backend.name] = f"{name}: {reason}"
     return candidates[-1], passed_over
+
+
+def tuned(backend: Backend, seconds: float) -> Backend:
+    """A backend that measures for `seconds` before it compiles; itself for 0.
+
+    Raises:
+        BackendError: it has nothing to tune.
+    """
+    if not seconds:
+        return backend
+    if not isinstance(backend, TunableBackend):
+        raise BackendError(f"Backend {backend.name} has no schedules to tune", fix="Leave tuning out")
+    return backend.tuned(seconds)
 
 
 def backends_for(target: Target, name: str = "") -> list[Backend]:

@@ -19,11 +19,11 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from graphwright import accuracy
-from graphwright.contract import resolve
+from graphwright.checkpoint import Checkpoint
 from graphwright.engine.tokenizer import Tokenizer
 from graphwright.errors import PassError, SourceError
-from graphwright.feeding import batch_inputs
-from graphwright.pass_ import Context
+from graphwright.feeding import batch_inputs, pool_sizes
+from graphwright.pass_ import Context, Pass
 from graphwright.program import Program
 
 SAMPLES, LENGTH = 128, 512
@@ -36,7 +36,7 @@ class Collector(Protocol):
     """Gathers statistics of one node's value."""
 
     def add(self, rows: Tensor) -> None:
-        """Takes float32 rows [tokens, K] of one batch."""
+        """Takes float32 rows [tokens, K] of one batch, and those of the nodes beside it, if its stop has some."""
         ...
 
 
@@ -97,12 +97,25 @@ class Channels:
 Collected = TypeVar("Collected", bound=Collector)
 
 
+Weights = Tensor | tuple[Tensor, Tensor]
+"""What a linear layer multiplies with; or the two stacks of a layer of experts."""
+
+
 @dataclass(frozen=True)
 class Stop:
-    """A node whose value is observed, and what reports call it."""
+    """A node whose value is observed, and what reports call it.
+
+    Attributes:
+        node: the node.
+        label: what reports say.
+        beside: nodes before it whose values are observed with it; something after it reads them.
+        collect: makes its collector; None for the walk's own.
+    """
 
     node: fx.Node
     label: str
+    beside: tuple[fx.Node, ...] = ()
+    collect: Callable[[], Any] | None = None
 
 
 def walk(
@@ -110,7 +123,7 @@ def walk(
     batches: Sequence[Mapping[str, Tensor]],
     stops: Sequence[Stop],
     collect: Callable[[], Collected],
-    visit: Callable[[int, Collected], Mapping[fx.Node, Tensor]],
+    visit: Callable[[int, Collected], Mapping[fx.Node, Weights]],
     progress: Callable[[str, float], None] = lambda _text, _fraction: None,
     skip: Callable[[int], bool] = lambda _index: False,
 ) -> None:
@@ -122,7 +135,7 @@ def walk(
         stops: nodes of `program` with a floating-point value [..., K], in graph order.
         collect: makes the collector of one stop.
         visit: called with the index of each stop and what was collected there; returns the weights that linear
-            layers of `program`, none of them before the stop, compute with from here on.
+            layers and experts of `program`, none of them before the stop, compute with from here on.
         progress: called with the label of each stop.
         skip: whether nothing need be collected at a stop, whose visitor then sees an empty collector.
 
@@ -132,9 +145,51 @@ def walk(
     run = _Run(program, batches)
     for index, stop in enumerate(stops):
         progress(stop.label, index / len(stops))
-        collector = collect()
+        collector = (stop.collect or collect)()
         run.to(stop, None if skip(index) else collector)
         run.weights.update({run.copies[node]: weight for node, weight in visit(index, collector).items()})
+
+
+def measure(
+    one: Pass,
+    program: Program,
+    context: Context,
+    stops: Sequence[Stop],
+    collect: Callable[[], Collected],
+    reduce: Callable[[int, Collected], dict[str, Tensor]],
+) -> list[dict[str, Tensor]]:
+    """What `reduce` makes of what is collected at each stop, while no weight changes.
+
+    Args:
+        one: the pass that measures.
+        program: which is left as it is.
+        context: with the calibration data, and the folder in which finished stops are kept.
+        stops: as for `walk`; their nodes' names tell them apart.
+        collect: makes the collector of one stop.
+        reduce: called with the index of each stop that was not finished before.
+
+    Raises:
+        PassError: there is nothing to calibrate on, or an activation is NaN or infinite; the layer is named.
+    """
+    batches = samples(program, context)
+    checkpoint = Checkpoint.of(one, program, batches, context)
+    found: list[dict[str, Tensor]] = []
+
+    def finished(index: int) -> bool:
+        return checkpoint is not None and checkpoint.has(f"measured {stops[index].node.name}")
+
+    def visit(index: int, collected: Collected) -> dict[fx.Node, Tensor]:
+        name = f"measured {stops[index].node.name}"
+        if checkpoint is not None and finished(index):
+            found.append(checkpoint.load(name))
+        else:
+            found.append(reduce(index, collected))
+            if checkpoint is not None:
+                checkpoint.save(name, found[-1])
+        return {}
+
+    walk(program, batches, stops, collect, visit, context.progress, finished)
+    return found
 
 
 class _Run:
@@ -150,7 +205,7 @@ class _Run:
         self.inputs = [batch_inputs(self.program, batch, state=False) for batch in batches]
         self.masks = [batch.get("attention_mask") for batch in batches]
         self.live: list[dict[fx.Node, Any]] = [{} for _ in batches]
-        self.weights: dict[fx.Node, Tensor] = {}
+        self.weights: dict[fx.Node, Weights] = {}
         self.done = 0
 
     def to(self, stop: Stop, collector: Collector | None) -> None:
@@ -161,21 +216,28 @@ class _Run:
             for batch, values in enumerate(self.live):
                 for node in segment:
                     if node.op == "call_function":
-                        self._execute(node, batch, values)
+                        self._execute(node, batch, values, goal)
                 if collector is not None:
-                    collector.add(self._rows(self._value(goal, batch, values), batch, stop))
+                    seen = (goal, *(self.copies[node] for node in stop.beside))
+                    collector.add(*(self._rows(self._value(node, batch, values), batch, stop) for node in seen))
+                if not goal.users:
+                    values.pop(goal, None)
         self.done += len(segment)
         for node in segment:
             self.weights.pop(node, None)
 
-    def _execute(self, node: fx.Node, batch: int, values: dict[fx.Node, Any]) -> None:
+    def _execute(self, node: fx.Node, batch: int, values: dict[fx.Node, Any], goal: fx.Node) -> None:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self._value(n, batch, values))
-        if node in self.weights:
-            values[node] = functional.linear(args[0], self.weights[node].to(args[0].dtype), *args[2:])
+        new = self.weights.get(node)
+        if isinstance(new, tuple):
+            up, down = (weight.to(args[0].dtype) for weight in new)
+            values[node] = node.target(*args[:3], up, args[4], down, *args[6:], **kwargs)
+        elif new is not None:
+            values[node] = functional.linear(args[0], new.to(args[0].dtype), *args[2:])
         else:
             values[node] = node.target(*args, **kwargs)
         for source in (*node.all_input_nodes, node):
-            if self.last_use.get(source, node) is node:
+            if self.last_use.get(source, node) is node and source is not goal:
                 values.pop(source, None)
 
     def _value(self, node: fx.Node, batch: int, values: dict[fx.Node, Any]) -> Any:
@@ -194,8 +256,8 @@ class _Run:
         tokens = contract.input("token")
         if tokens is not None:
             shape = self.inputs[batch][tokens.name].shape
-            sizes |= {"batch": shape[0], "capacity": shape[1] + 1}
-        return torch.zeros(resolve(spec.shape, sizes), dtype=spec.dtype)
+            sizes |= {"batch": shape[0], "capacity": shape[1] + 1, **pool_sizes(contract, *shape)}
+        return contract.with_(state=(spec,)).allocate(sizes)[name]
 
     def _rows(self, value: Tensor, batch: int, stop: Stop) -> Tensor:
         mask = self.masks[batch]

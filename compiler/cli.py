@@ -77,6 +77,7 @@ def compile(
     force: Annotated[bool, typer.Option("--force", help="Overwrite an artifact that is there")] = False,
     verify: Annotated[bool, typer.Option(help="Compare numbers after every pass")] = True,
     measure: Annotated[bool, typer.Option(help="Measure speed and accuracy for the report")] = True,
+    tune: Annotated[float, typer.Option(min=0, help="Seconds for measuring schedules of kernels; 0: defaults")] = 0.0,
     dump: Annotated[Path | None, typer.Option(help="Write the graph's text after every pass here")] = None,
     seed: Annotated[int, typer.Option(help="Seeds everything random")] = 0,
     calibration: Annotated[Path | None, typer.Option(help="Text file to calibrate on; built-in text otherwise")] = None,
@@ -99,6 +100,7 @@ def compile(
             calibration_length=calibration_length,
             checkpoint=checkpoint,
             evaluate=EVALUATED_WINDOWS if measure else 0,
+            tune=tune,
             dump=dump,
             progress=progress,
             also=tuple(also or ()),
@@ -304,7 +306,7 @@ def bisect(
 ) -> None:
     """Find the first rewrite of a recipe that moves the logits by more than --kl."""
     wanted, machine = recipe.Recipe.load(recipe_name), Target.parse(target)
-    program = capture_named(model)
+    program = capture_named(model, keep_codes=wanted.reads_codes)
     with _progress() as progress:
         options = CompileOptions(seed=seed, progress=progress)
         culprit = bisection.bisect(program, wanted, machine, bisection.kl_test(program, kl, seed), options)
@@ -371,9 +373,9 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-def capture_named(model: str) -> Program:
+def capture_named(model: str, *, keep_codes: bool = False) -> Program:
     """Captures what a user names on the command line."""
-    source = open_model(model)
+    source = open_model(model, keep_codes=keep_codes)
     return capture(source.model, source.example_inputs)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from graphwright import accuracy, artifact, registry
-from graphwright.backend import Executable, Progress, backends_for, choose, coverage, required_backend
+from graphwright.backend import Executable, Progress, backends_for, choose, coverage, required_backend, tuned
 from graphwright.calibration import LENGTH, SAMPLES, from_text
 from graphwright.capture import DimNames, capture
 from graphwright.engine.generate import GenerationResult, Generator
@@ -67,6 +67,7 @@ class CompileOptions:
         fuel: the number of rewrites that may happen, None for all.
         evaluate: windows of held-out text on which the compiled program is compared with the captured one for the
             report, where it runs on this machine and the model has a tokenizer.
+        tune: seconds for which schedules of kernels are measured, on this machine, before they are compiled.
         also: more targets of the same backend to compile for, into one artifact.
     """
 
@@ -83,6 +84,7 @@ class CompileOptions:
     progress: Progress = _silent
     fuel: int | None = None
     evaluate: int = 0
+    tune: float = 0.0
     also: tuple[str, ...] = ()
 
 
@@ -154,12 +156,11 @@ def compile(
         if isinstance(model, Program):
             captured = model
         else:
-            source = open_model(model)
+            source = open_model(model, keep_codes=wanted.reads_codes)
             copy_tokenizer(source.tokenizer_directory, folder)
             inputs = example_inputs if example_inputs is not None else source.example_inputs
             captured = capture(source.model, inputs, dims=dims)
-            metadata = captured.metadata.with_(name=source.name or captured.metadata.name)
-            captured = captured.with_(metadata=metadata)
+            captured = captured.with_(metadata=source.described(captured.metadata))
             # The caller may hold the model; the compiler must not, or its weights would outlive their rewriting.
             del source
     options = with_calibration_text(options, wanted, captured, folder / TOKENIZER)
@@ -173,6 +174,7 @@ def compile(
         del captured
     with _timed(seconds, "lower"):
         lowering, passed_over = choose(rewritten, machine, backends_for(machine, options.backend))
+        lowering = tuned(lowering, options.tune)
         kernels = folder / KERNELS
         kernels.mkdir()
         rewritten = lowering.prepare(rewritten, machine)

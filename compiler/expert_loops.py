@@ -5,9 +5,10 @@
         y.index_add_(0, rows, mlp(x[rows]) * w)         y = sum over choices of grouped_linear(act(h), down, ends) * w
 
 A loop is recognised by the tensors and layers that its module holds, and by what the module computes: the replacement
-is taken only where it gives the module's own outputs on random tokens, and on many equal ones, which no expert of
-limited capacity could all take. Two forms are known: a module of stacked weights [E, …] called with tokens, indices
-and weights (transformers' eager experts), and a block with a linear router and a list of expert MLPs.
+is taken only where it gives the module's own outputs on random tokens, and on many equal ones, which an expert of
+limited capacity does not all take. Two forms are known: a module of stacked weights [E, …] called with tokens, indices
+and weights (transformers' eager experts), and a block with a linear router and a list of expert MLPs, such as
+Switch's, whose experts may have a capacity.
 """
 
 import inspect
@@ -21,13 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from graphwright.numerics import EXACT_TOLERANCE, relative_error
-from graphwright.ops import grouped_linear, moe_routing
+from graphwright.ops import expert_capacity, experts, grouped_linear, moe_routing
 from graphwright.ops.experts import CLAMPED_SWIGLU, activate
 from graphwright.ops.gated_activation import ACTIVATIONS
 from graphwright.ops.moe_routing import SCORING
 
-EQUAL_TOKENS = 512
-"""Equal tokens that a loop must not drop any of."""
+EQUAL_TOKENS = 521
+"""Equal tokens that a loop must not drop any of, unless its experts have a capacity. A prime: no whole shares."""
+
+LARGEST_CROWD = 1 << 13
+"""A capacity that would take more equal tokens to be seen is not looked for."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,16 @@ class _Mlp:
         outer = outer * weights.reshape(-1)[order].unsqueeze(-1)
         places = torch.empty_like(order).index_put((order,), torch.arange(order.shape[0], device=order.device))
         return outer[places].reshape(-1, top_k, outer.shape[1]).sum(1).to(x.dtype)
+
+    def limited(self, x: Tensor, weights: Tensor, indices: Tensor, limit: "_Limit", shape: torch.Size) -> Tensor:
+        """The same for tokens in sequences of `shape`, where experts take no more than their capacity."""
+        *capacity, each = limit
+        if each:
+            weights, indices = (part.reshape(*shape, part.shape[-1]) for part in (weights, indices))
+        weights, indices, _ = expert_capacity(weights, indices, self.up.shape[0], *capacity)
+        weights, indices = (part.reshape(-1, part.shape[-1]) for part in (weights, indices))
+        stored = (self.up, self.up_bias, self.down, self.down_bias)
+        return experts(x, weights, indices, *stored, self.activation, self.gated)
 
 
 @contextmanager
@@ -175,27 +189,55 @@ def _same_stack(module: nn.Module, mlp: _Mlp, order: tuple[int, ...]) -> bool:
 
 def _listed(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]] | None:
     lists = [c for c in module.children() if isinstance(c, (nn.ModuleList, nn.ModuleDict)) and len(c) > 1]
-    if len(lists) != 1 or any("capacity" in name for part in module.modules() for name in vars(part)):
+    if len(lists) != 1:
         return None
     members = list(lists[0].values() if isinstance(lists[0], nn.ModuleDict) else lists[0])
-    routers = [c for c in module.children() if isinstance(c, nn.Linear) and c.out_features == len(members)]
-    linears = [[part for part in member.modules() if isinstance(part, nn.Linear)] for member in members]
-    if len(routers) != 1 or any(len(own) != len(linears[0]) or len(own) not in (2, 3) for own in linears):
+    inside = set(lists[0].modules())
+    linears = [part for part in module.modules() if isinstance(part, nn.Linear) and part not in inside]
+    routers = [part for part in linears if part.out_features == len(members)]
+    owned = [[part for part in member.modules() if isinstance(part, nn.Linear)] for member in members]
+    if len(routers) != 1 or any(len(own) != len(owned[0]) or len(own) not in (2, 3) for own in owned):
         return None
     held = set(itertools.chain(*(m.parameters() for m in (lists[0], routers[0]))))
     if any(p not in held for p in module.parameters()):
         return None
-    mlp = _member_mlp(members, linears)
-    if mlp is None:
+    mlp = _member_mlp(members, owned)
+    forward = None if mlp is None else _routed_block(module, inside, routers[0], mlp)
+    if mlp is None or forward is None:
         return None
-    whole = {v for v in vars(module).values() if type(v) is int and 1 <= v <= len(members)}
-    for top_k, scoring, normalize in itertools.product(sorted(whole), SCORING, (False, True)):
-        forward = _block_forward(module, routers[0], mlp, (top_k, scoring, normalize))
-        if _same_block(module, forward, routers[0].weight):
-            tensors = {"experts_up": mlp.up, "experts_down": mlp.down}
-            biases = {"experts_up_bias": mlp.up_bias, "experts_down_bias": mlp.down_bias}
-            return forward, {**tensors, **{n: b for n, b in biases.items() if b is not None}}
+    tensors = {"experts_up": mlp.up, "experts_down": mlp.down}
+    biases = {"experts_up_bias": mlp.up_bias, "experts_down_bias": mlp.down_bias}
+    return forward, {**tensors, **{n: b for n, b in biases.items() if b is not None}}
+
+
+def _routed_block(module: nn.Module, inside: set[nn.Module], router: nn.Linear, mlp: _Mlp) -> Callable[..., Any] | None:
+    """A block's forward with its routing, found by comparing with the block; None if it is none that is known."""
+    parts = [part for part in module.modules() if part not in inside and part is not router]
+    held = [(name, value) for part in parts for name, value in vars(part).items() if type(value) in (int, float)]
+    numbers = sorted({value for _, value in held if value > 0})
+    crowd = max([EQUAL_TOKENS, *(2 * int(value) for name, value in held if "capacity" in name)])
+    if crowd > LARGEST_CROWD:
+        return None
+    top_ks = sorted({1} | {int(n) for n in numbers if n == int(n) and n <= router.out_features})
+    limits: list[_Limit | None] = [None, *_limits(numbers)]
+    for limit, top_k, scoring, normalize in itertools.product(limits, top_ks, SCORING, (False, True)):
+        forward = _block_forward(module, router, mlp, (top_k, scoring, normalize), limit)
+        if _same_block(module, forward, router.weight, crowd, limit is not None):
+            return forward
     return None
+
+
+_Limit = tuple[int, float, bool, bool]
+"""Capacity, factor and rounding of `expert_capacity`, and whether each sequence is counted by itself."""
+
+
+def _limits(numbers: list[int | float]) -> Iterator[_Limit]:
+    """Capacities that the numbers of a module may mean."""
+    for number, each in itertools.product(numbers, (True, False)):
+        if number == int(number):
+            yield int(number), 0.0, True, each
+    for number, up, each in itertools.product(numbers, (True, False), (True, False)):
+        yield 0, float(number), up, each
 
 
 def _member_mlp(members: list[nn.Module], linears: list[list[nn.Linear]]) -> _Mlp | None:
@@ -234,7 +276,9 @@ def _stack(linears: list[list[nn.Linear]], places: list[int], name: str) -> Tens
     return torch.stack([torch.cat([p.detach() for p in own]) for own in parts])
 
 
-def _block_forward(module: nn.Module, router: nn.Linear, mlp: _Mlp, routing: tuple[Any, ...]) -> Callable[..., Any]:
+def _block_forward(
+    module: nn.Module, router: nn.Linear, mlp: _Mlp, routing: tuple[Any, ...], limit: _Limit | None
+) -> Callable[..., Any]:
     top_k, scoring, normalize = routing
 
     def forward(hidden: Tensor) -> Tensor:
@@ -248,25 +292,39 @@ def _block_forward(module: nn.Module, router: nn.Linear, mlp: _Mlp, routing: tup
             getattr(module, "experts_down_bias", mlp.down_bias),
             mlp.activation, mlp.gated, mlp.interleaved,
         )  # fmt: skip
-        return stored(x, weights.to(x.dtype), indices).reshape(*hidden.shape[:-1], mlp.down.shape[1])
+        if limit is None:
+            result = stored(x, weights.to(x.dtype), indices)
+        else:
+            result = stored.limited(x, weights, indices, limit, hidden.shape[:-1])
+        return result.reshape(*hidden.shape[:-1], mlp.down.shape[1])
 
     return forward
 
 
-def _same_block(module: nn.Module, forward: Callable[..., Any], weight: Tensor) -> bool:
+def _same_block(module: nn.Module, forward: Callable[..., Any], weight: Tensor, crowd: int, limited: bool) -> bool:
     generator = torch.Generator().manual_seed(0)
     several = torch.randn(2, 19, weight.shape[1], generator=generator).to(weight.dtype)
-    equal = several[:1, :1].expand(1, EQUAL_TOKENS, -1).contiguous()
-    # Blocks take tokens of several sequences, or of one.
-    return all(any(_agrees(module, [x], forward(x)) for x in (each, each[0])) for each in (several, equal))
+    given = [several, *(several[:1, :1].expand(n, crowd, -1).contiguous() for n in ((1, 2) if limited else (1,)))]
+    for each in given:
+        # Blocks take tokens of several sequences, or else of one.
+        x = each if _output(module, [each]) is not None else each[0]
+        if not _agrees(module, [x], forward(x)):
+            return False
+    return True
 
 
 def _agrees(module: nn.Module, given: list[Tensor], expected: Tensor) -> bool:
-    """Whether a module gives a tensor; one that does not take the arguments is another kind of module."""
+    """Whether a module gives a tensor."""
+    found = _output(module, given)
+    if found is None or found.shape != expected.shape:
+        return False
+    return relative_error(found, expected) <= EXACT_TOLERANCE[expected.dtype]
+
+
+def _output(module: nn.Module, given: list[Tensor]) -> Tensor | None:
+    """What a module gives; one that does not take the arguments, or gives no tensor, is another kind of module."""
     try:
         found = module(*given)
     except (TypeError, ValueError, IndexError, RuntimeError):
-        return False
-    if not isinstance(found, Tensor) or found.shape != expected.shape:
-        return False
-    return relative_error(found, expected) <= EXACT_TOLERANCE[expected.dtype]
+        return None
+    return found if isinstance(found, Tensor) else None

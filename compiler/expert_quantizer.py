@@ -5,21 +5,26 @@ y = experts(x, w, ids, up, …)           y = quantized_experts(x, w, ids, up co
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional
 
-from graphwright import rounding
+from graphwright.calibration import Stop
 from graphwright.errors import PassError
 from graphwright.match import argument
 from graphwright.ops import experts, quantized_experts
+from graphwright.ops.experts import activate
 from graphwright.program import Program
 from graphwright.rewrite import Editor
 from graphwright.rounding import Quantized
 from graphwright.scheme import Scheme
 
-Solve = Callable[[Tensor, Scheme], Quantized]
+Solve = Callable[[Tensor, Scheme, Any], Quantized]
+Error = Callable[[Tensor, Quantized, Any], float]
 
 
 @dataclass(frozen=True)
@@ -69,28 +74,124 @@ def expert_layers(program: Program, scheme_of: Callable[[str], Scheme | None]) -
     return found
 
 
-def quantize_experts(
-    editor: Editor, layer: ExpertLayer, solve: Solve, progress: Callable[[str], None]
-) -> dict[str, float]:
-    """Puts quantized experts in the place of plain ones; returns the relative error of each weight by name."""
-    node, before, errors = layer.node, layer.node, {}
+@dataclass
+class Routed:
+    """The tokens of a layer of experts during calibration, and which experts each of them goes to."""
+
+    rows: list[Tensor] = field(default_factory=list)
+    choices: list[Tensor] = field(default_factory=list)
+
+    def add(self, *seen: Tensor) -> None:
+        """Takes what a stop saw of a batch, then tokens [T, K] and indices [T, J]."""
+        _, rows, indices = seen
+        self.rows.append(rows)
+        self.choices.append(indices.long())
+
+    @cached_property
+    def _all(self) -> tuple[Tensor, Tensor]:
+        return torch.cat(self.rows), torch.cat(self.choices)
+
+    def of(self, expert: int) -> Tensor:
+        """The tokens of one expert."""
+        rows, choices = self._all
+        return rows[(choices == expert).any(1)]
+
+    def pooled(self, count: int) -> Tensor:
+        """At most `count` tokens of all experts, spread evenly."""
+        rows = self._all[0]
+        return rows[:: -(-len(rows) // count)]
+
+    def usage(self, num_experts: int) -> Tensor:
+        """How many tokens go to each expert, int64 [E]."""
+        choices = self._all[1]
+        return torch.bincount(choices[choices >= 0], minlength=num_experts)
+
+
+POOLED_ROWS = 2048
+"""Tokens that stand for all, where an expert sees too few of its own."""
+
+
+@dataclass
+class SolvedExperts:
+    """Both stacks of a layer, rounded expert by expert, with relative errors, and which experts saw too few tokens."""
+
+    stacks: tuple[list[Quantized], list[Quantized]] = field(default_factory=lambda: ([], []))
+    errors: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    pooled: list[int] = field(default_factory=list)
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """What the stacks stand for."""
+        up, down = (torch.stack([one.dense() for one in stack]) for stack in self.stacks)
+        return up, down
+
+
+def stop_of(layer: ExpertLayer, order: dict[fx.Node, int], label: str) -> Stop:
+    """Where a walk sees the tokens and the choices of a layer together, collected as `Routed`."""
+    x, indices = (argument(layer.node, name) for name in ("x", "indices"))
+    return Stop(max(x, indices, key=order.__getitem__), label, (x, indices), Routed)
+
+
+def solve_experts(
+    program: Program,
+    layer: ExpertLayer,
+    solve: Solve,
+    error: Error,
+    progress: Callable[[str], None],
+    calibrated: tuple[Routed, Callable[[], Any], int] | None = None,
+) -> SolvedExperts:
+    """Rounds every expert by itself.
+
+    An expert that sees at least the given number of tokens is calibrated on these; a rarer one on tokens of the whole
+    layer, as if they were its own (GPTQ's error is then small where the layer's inputs lie, not where noise of a few
+    rows does). The second product is calibrated behind the rounded first one.
+
+    Args:
+        program: holds the weights.
+        layer: which experts.
+        solve: rounds one weight, with statistics or None.
+        error: the relative error of one weight, with the same.
+        progress: is told every expert.
+        calibrated: the layer's tokens, what makes a collector, and the least number of tokens; or None.
+    """
+    done = SolvedExperts()
+    weights = [program.weight(stack.weight) for stack in (layer.up, layer.down)]
+    bias = argument(layer.node, "up_bias")
+    bias = None if bias is None else program.weight(bias)
+    middle = [argument(layer.node, name) for name in ("activation", "gated", "alpha", "limit")]
+    for expert in range(weights[0].shape[0]):
+        progress(f"{layer.up.name}, expert {expert}")
+        rows = None
+        if calibrated is not None:
+            rows = calibrated[0].of(expert)
+            if len(rows) < calibrated[2]:
+                done.pooled.append(expert)
+                rows = calibrated[0].pooled(POOLED_ROWS)
+        for place, stack in enumerate((layer.up, layer.down)):
+            weight, statistics = weights[place][expert], None
+            if rows is not None and calibrated is not None:
+                statistics = calibrated[1]()
+                statistics.add(rows)
+            one = _solved(weight, stack, expert, solve, statistics)
+            done.stacks[place].append(one)
+            done.errors[place] = max(done.errors[place], error(weight, one, statistics))
+            if rows is not None and place == 0:
+                inner = functional.linear(rows, one.dense(), None if bias is None else bias[expert].float())
+                rows = activate(inner, *middle)
+    return done
+
+
+def install_experts(editor: Editor, layer: ExpertLayer, solved: SolvedExperts) -> dict[str, float]:
+    """Puts quantized experts in the place of plain ones; returns the largest relative error of each weight by name."""
+    node, before = layer.node, layer.node
     stored: list[fx.Node | None] = []
-    groups = []
-    for stack in (layer.up, layer.down):
-        weight = editor.program.weight(stack.weight)
-        solved = []
-        for index, one in enumerate(weight):
-            progress(f"{stack.name}, expert {index}")
-            solved.append(_solved(one, stack, index, solve))
-        errors[stack.name] = max(rounding.relative_weight_error(w, q) for w, q in zip(weight, solved, strict=True))
-        codes = torch.stack([q.packed for q in solved])
-        scale = torch.stack([q.grid.scale for q in solved])
-        zeros = [q.grid.zero_point for q in solved if q.grid.zero_point is not None]
-        stored.append(editor.weight(f"{stack.name}_{stack.scheme.format}", codes, before))
-        stored.append(editor.weight(f"{stack.name}_scale", scale, before))
-        zero = editor.weight(f"{stack.name}_zero_point", torch.stack(zeros), before) if zeros else None
-        stored.append(zero)
-        groups.append(solved[0].group_size)
+    for stack, done in zip((layer.up, layer.down), solved.stacks, strict=True):
+        stored.append(
+            editor.weight(f"{stack.name}_{stack.scheme.format}", torch.stack([q.packed for q in done]), before)
+        )
+        stored.append(editor.weight(f"{stack.name}_scale", torch.stack([q.grid.scale for q in done]), before))
+        zeros = [q.grid.zero_point for q in done if q.grid.zero_point is not None]
+        stored.append(editor.weight(f"{stack.name}_zero_point", torch.stack(zeros), before) if zeros else None)
+    groups = [done[0].group_size for done in solved.stacks]
     given = {name: argument(node, name) for name in ("x", "weights", "indices", "up_bias", "down_bias")}
     rest = [argument(node, name) for name in ("activation", "gated", "alpha", "limit")]
     new = editor.call(
@@ -98,13 +199,12 @@ def quantize_experts(
         given["down_bias"], layer.up.scheme.format, *groups, *rest, before=before,
     )  # fmt: skip
     editor.replace(node, new, layer.up.name)
-    editor.retire(node)
-    return errors
+    return dict(zip((layer.up.name, layer.down.name), solved.errors, strict=True))
 
 
-def _solved(weight: Tensor, stack: Stack, index: int, solve: Solve) -> Quantized:
+def _solved(weight: Tensor, stack: Stack, index: int, solve: Solve, statistics: Any) -> Quantized:
     try:
-        return solve(weight, stack.scheme)
+        return solve(weight, stack.scheme, statistics)
     except PassError as reason:
         where = reason.where or f"{stack.name}, expert {index}"
         raise PassError(reason.problem, where=where, fix=reason.fix) from reason

@@ -25,6 +25,7 @@ from graphwright.compiled import CompileOptions, rewrite, with_calibration_text
 from graphwright.errors import BackendError, nearest
 from graphwright.export_format import Export, Format, FormatOptions, Verified
 from graphwright.manager import plan_passes
+from graphwright.origin import Origin
 from graphwright.program import Program
 from graphwright.recipe import Recipe
 from graphwright.report.collect import Report, collect
@@ -80,14 +81,15 @@ def export(
         seconds: dict[str, float] = {}
         started = time.perf_counter()
         how.progress("capture", 0.0)
-        source = open_model(model)
+        source = open_model(model, keep_codes=carried.reads_codes)
         inputs = example_inputs if example_inputs is not None else source.example_inputs
         config = _config(source.model)
         program = capture(source.model, inputs)
-        program = program.with_(metadata=program.metadata.with_(name=source.name or program.metadata.name))
+        program = program.with_(metadata=source.described(program.metadata))
+        origin = Origin.of(source.model, program)
         source.model = torch.nn.Module()  # so that weights are freed as they are rewritten
         seconds["capture"] = time.perf_counter() - started
-        job = Export(program, work, carried, chosen, config, _tokenizer(source), how.progress)
+        job = Export(program, work, carried, chosen, config, _tokenizer(source), how.progress, origin)
         before = program.shape_only()
         del program
         _write(writer, job, how, before, seconds, verify)

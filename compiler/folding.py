@@ -1,7 +1,9 @@
-"""Folding scales into weights: channels are divided where they are made and multiplied where they are read.
+"""Folding scales and shifts into weights: channels change where they are made and change back where they are read.
 
     for site in scale_sites(program):
         fold_scale(editor, site, scale)          # the function stays what it was
+        if shiftable(site):
+            fold_shift(editor, site, shift)      # and so it does here
 
 A site is a tensor whose channels only linear layers read (also through reshapes and the gather of a mixture of
 experts) and that a norm or a linear layer makes. Which output row of the maker each channel comes from is found by
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from graphwright.evaluate import shape_at, size_at
-from graphwright.ops import attention, gated_activation, grouped_linear, rms_norm
+from graphwright.ops import attention, experts, gated_activation, grouped_linear, rms_norm
 from graphwright.program import Program
 from graphwright.rewrite import Editor
 
@@ -116,6 +118,51 @@ def fold_scale(editor: Editor, site: Site, scale: Tensor) -> None:
     editor.note(site.maker, f"scales of {len(site.readers)} layers")
 
 
+def shiftable(site: Site) -> bool:
+    """Whether numbers can be subtracted from a site's channels for free.
+
+    Its maker and readers must be able to hold a bias, and nothing in between may do more than move or average: an
+    attention averages values, unless sinks take a part of the weights.
+    """
+    if site.maker.target not in BIAS or any(reader.target is not aten.linear.default for reader in site.readers):
+        return False
+    between = (_path(site.source) or [])[:-1]
+    sinks = [node for node in between if node.target is attention.target and _argument(node, 7, None) is not None]
+    return not sinks and all(node.target in REARRANGING or node.target is attention.target for node in between)
+
+
+def fold_shift(editor: Editor, site: Site, shift: Tensor) -> None:
+    """Subtracts `shift` from the channels of a site where they are made; its readers add what that took away.
+
+    Args:
+        editor: of the program that the site is part of.
+        site: one that is `shiftable`.
+        shift: float32, [free channels] of the site.
+    """
+    shown, place = site.free
+    for operand in site.weights:
+        moved = value_of(editor.program, operand).float() @ shift[place]
+        add_bias(editor, operand.node, moved)
+    whole = torch.zeros(site.channels)
+    whole[shown] = -shift
+    add_bias(editor, site.maker, whole)
+    editor.note(site.maker, f"shifts of {len(site.readers)} layers")
+
+
+BIAS = {aten.linear.default: 2, aten.layer_norm.default: 3}
+"""Calls that add a bias, and which argument it is."""
+
+
+def add_bias(editor: Editor, node: fx.Node, bias: Tensor) -> None:
+    """Adds a vector [N] to the bias of a call of `BIAS`, which may have none yet."""
+    position, dtype = BIAS[node.target], node.meta["val"].dtype
+    if len(node.args) <= position:
+        node.args = (*node.args, *(None,) * (position + 1 - len(node.args)))
+    old = node.args[position]
+    total = bias if old is None else editor.program.weight(old).float() + bias
+    editor.set_weight(node, position, total.to(dtype), "bias")
+
+
 def constant(node: fx.Node, position: int, axis: int) -> Operand | None:
     """The constant that a call reads at `position`, also through a transposition of its last two axes."""
     found = node.args[position] if len(node.args) > position else None
@@ -186,6 +233,8 @@ def readers(source: fx.Node) -> list[tuple[fx.Node, Operand]] | None:
         if user.args and user.args[0] is source and user.all_input_nodes.count(source) == 1:
             if user.target in (aten.linear.default, grouped_linear.target):
                 weight = constant(user, 1, 1)
+            elif user.target is experts.target:
+                weight = constant(user, 3, 2)
             elif user.target in PER_TOKEN and keeps_channels(user):
                 further = readers(user)
                 if further is None:

@@ -170,7 +170,7 @@ def refuse_after(one: Pass, program: Program, properties: tuple[str, ...]) -> No
         if lost:
             raise PassError(
                 f"Pass {one.name} would undo {record.name}: the program is {', '.join(lost)} already",
-                fix=f"Put {one.name} and {record.name} into one recipe; they are ordered as they must be",
+                fix=f"Put both into one recipe, {one.name} before {record.name}",
             )
 
 

@@ -15,6 +15,7 @@ A failure names the pass, the first node whose value differs, and how to reprodu
 
 import difflib
 import gc
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from graphwright.errors import (
     RecipeError,
     VerificationError,
 )
-from graphwright.feeding import batch_inputs
+from graphwright.feeding import batch_inputs, logits_in_chunks
 from graphwright.pass_ import Context, Pass, PassResult
 from graphwright.program import PassRecord, Program
 from graphwright.recipe import Budget, Recipe
@@ -51,6 +52,9 @@ VERIFY_SIZES: tuple[Mapping[str, int], ...] = (
 MEASURED = 4
 """Calibration batches on which an approximate pass's divergence is measured: it takes two forwards over each."""
 
+STREAMED_CHUNK = 32
+"""Tokens that enter caches at a time while a pass over caches is measured; a decode step for each would take long."""
+
 Observer = Callable[[PassRecord, Program, Program], None]
 """Called after each pass with its record, the program before and the program after."""
 
@@ -58,9 +62,12 @@ Observer = Callable[[PassRecord, Program, Program], None]
 def plan_passes(recipe: Recipe, program: Program | None = None) -> list[Pass]:
     """All passes to run, raising included, in an order that satisfies requires, after and recipe order.
 
+    Approximate passes run in the order in which the recipe lists them. Others, which do not change what the program
+    computes, are put where they are needed.
+
     Raises:
-        RecipeError: a cycle, a requirement nobody provides, or two passes that exclude each other; both sides
-            are named.
+        RecipeError: a cycle, a requirement nobody provides, two passes that exclude each other, or two approximate
+            ones that are listed in an order that cannot be; both sides are named.
     """
     done = {record.name for record in program.history} if program else set()
     raising = [registry.pass_class(n)() for n, m in registry.pass_files().items() if m.startswith(RAISING)]
@@ -68,7 +75,7 @@ def plan_passes(recipe: Recipe, program: Program | None = None) -> list[Pass]:
     held = {prop for name in done for prop in registry.pass_class(name).provides}
     _complete(passes, held)
     _refuse_conflicts(passes, held)
-    return _order(passes)
+    return _order(passes, recipe.passes)
 
 
 def _complete(passes: list[Pass], held: set[str]) -> None:
@@ -99,20 +106,41 @@ def _refuse_conflicts(passes: Sequence[Pass], held: set[str]) -> None:
                 raise RecipeError(f"Pass {one.name} excludes {prop}, which comes from {found}")
 
 
-def _order(passes: Sequence[Pass]) -> list[Pass]:
+def _order(passes: Sequence[Pass], listed: Sequence[Pass] = ()) -> list[Pass]:
     graph: networkx.DiGraph[int] = networkx.DiGraph()
     graph.add_nodes_from(range(len(passes)))
     for later, wanting in enumerate(passes):
         for earlier, providing in enumerate(passes):
-            needed = set(wanting.requires) | set(wanting.after)
-            if earlier != later and needed & set(providing.provides):
+            if earlier != later and _awaited(wanting, providing):
                 graph.add_edge(earlier, later)
-    try:
-        order = networkx.lexicographical_topological_sort(graph, key=lambda i: i)
-        return [passes[i] for i in order]
-    except networkx.NetworkXUnfeasible:
+    if not networkx.is_directed_acyclic_graph(graph):
         cycle = [passes[edge[0]].name for edge in networkx.find_cycle(graph)]
-        raise RecipeError(f"No order satisfies all requirements: {' needs '.join([*cycle, cycle[0]])}") from None
+        raise RecipeError(f"No order satisfies all requirements: {' needs '.join([*cycle, cycle[0]])}")
+    meant = [i for i, one in enumerate(passes) if one.kind == "approximate" and any(one is p for p in listed)]
+    for first, second in itertools.combinations(meant, 2):
+        if networkx.has_path(graph, second, first):
+            chain = [passes[i] for i in networkx.shortest_path(graph, second, first)]
+            raise _contradiction(chain)
+    graph.add_edges_from(itertools.combinations(meant, 2))
+    return [passes[i] for i in networkx.lexicographical_topological_sort(graph, key=lambda i: i)]
+
+
+def _awaited(wanting: Pass, providing: Pass) -> list[str]:
+    """The properties of one pass that another one must find in the program."""
+    return sorted((set(wanting.requires) | set(wanting.after)) & set(providing.provides))
+
+
+def _contradiction(chain: Sequence[Pass]) -> RecipeError:
+    """The error for a recipe that lists the last pass of a chain, whose order is a must, before the first."""
+    early, late = chain[0].name, chain[-1].name
+    reasons = [
+        f"{later.name} works on what is {', '.join(_awaited(later, earlier))} and {earlier.name} makes it so"
+        for earlier, later in itertools.pairwise(chain)
+    ]
+    return RecipeError(
+        f"The recipe lists {late} before {early}, which must come first: {'; '.join(reasons)}",
+        fix=f"List {early} before {late}",
+    )
 
 
 @dataclass
@@ -279,9 +307,14 @@ class PassManager:
         batches = self.context.calibration[:MEASURED]
         known = None if batches else drawn_outputs
         kl, error = 0.0, 0.0
+        if one.streamed and not batches:
+            batches = [{"input_ids": self._tokens(before, one.streamed)}]
         for batch in batches or [drawn(before, VERIFY_SIZES[0], self.context.seed)]:
-            expected = known or before(**batch_inputs(before, batch))
-            actual = after(**batch_inputs(after, batch))
+            if one.streamed:
+                expected, actual = (_streamed(program, batch) for program in (before, after))
+            else:
+                expected = known or before(**batch_inputs(before, batch))
+                actual = after(**batch_inputs(after, batch))
             error = max(error, numerics.outputs_error(actual, expected, batch))
             kl += numerics.mean_kl(actual[0], expected[0]) / max(len(batches), 1)
         record.notes["kl"] = kl
@@ -298,10 +331,23 @@ class PassManager:
                 )
         return error
 
+    def _tokens(self, program: Program, length: int) -> Tensor:
+        """Drawn tokens [1, length]."""
+        token = program.contract.input("token")
+        high = max(token.high, 2) if token else 2
+        shape = (1, min(length, program.contract.dim("sequence").max))
+        return torch.randint(0, high, shape, generator=self.context.generator())
+
     def _dump(self, program: Program, number: int, name: str) -> None:
         if self.dump is not None:
             self.dump.mkdir(parents=True, exist_ok=True)
             (self.dump / f"{number:03d}_{name}.txt").write_text(program.text())
+
+
+def _streamed(program: Program, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    ids = batch["input_ids"]
+    ends = [*range(STREAMED_CHUNK, ids.shape[1], STREAMED_CHUNK), ids.shape[1]]
+    return (logits_in_chunks(program, ids, batch.get("attention_mask"), ends),)
 
 
 def drawn(program: Program, sizes: Mapping[str, int], seed: int) -> dict[str, Tensor]:

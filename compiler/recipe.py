@@ -8,7 +8,9 @@
     budget: {kl: 0.5}
 
 Raising passes are not listed: they are a stage of every compile. The manager orders the listed passes by what they
-require and provide, and adds a required one that has only one provider.
+require and provide, and adds a required one that has only one provider. Approximate passes run in the order in which
+they are listed, and an order in which they cannot work is refused: quantizing before pruning is something else than
+pruning before quantizing. Exact and structural ones may be listed anywhere.
 """
 
 import functools
@@ -71,6 +73,11 @@ class Recipe(BaseModel):
             f"Unknown recipe {str(source)!r}",
             fix=f"{nearest(str(source), presets())}. Or give the path of a .yaml file",
         )
+
+    @property
+    def reads_codes(self) -> bool:
+        """Whether a checkpoint that is quantized already is to be read with its codes."""
+        return any(one.reads_codes for one in self.passes)
 
     def to_data(self) -> dict[str, Any]:
         """Plain data that `load` reads back."""

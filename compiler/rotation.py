@@ -9,6 +9,7 @@ whose gains move into the readers) is rotated back, and nothing in between chang
 arXiv:2401.15024). As in `graphwright.folding`, everything is found through the dataflow.
 """
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,12 +49,12 @@ class NoStream:
     reason: str
 
 
-def residual_stream(program: Program) -> Stream | NoStream:
-    """The stream that the token embeddings feed, or what stands in the way."""
+def residual_stream(program: Program, norms: Container[Any] = frozenset({rms_norm.target})) -> Stream | NoStream:
+    """The stream that the token embeddings feed, or what stands in the way; `norms` may stand between it and layers."""
     found = [node for node, _ in structure.embeddings(program)] or list(program.calls(aten.embedding.default))
     if not found:
         return NoStream("the program looks up no embeddings")
-    search = _Search(Stream(int(found[0].meta["val"].shape[-1])))
+    search = _Search(Stream(int(found[0].meta["val"].shape[-1])), norms)
     try:
         search.join(found[0])
     except _BlockedError as blocked:
@@ -136,8 +137,9 @@ class _BlockedError(Exception):
 class _Search:
     """Collects everything that sums and per-token operations connect with a node."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, norms: Container[Any]) -> None:
         self.stream = stream
+        self.norms = norms
         self.seen: set[fx.Node] = set()
 
     def join(self, start: fx.Node) -> None:
@@ -194,12 +196,16 @@ class _Search:
             if operand is not None:
                 self.stream.reads.append(operand)
                 return []
-        if user.target is rms_norm.target and user.args[0] is node:
+        if user.target in self.norms and user.args[0] is node and _one_axis(user):
             found = readers(user)
             if found:
                 self.stream.norms[user] = [operand for _, operand in found]
                 return []
         raise _BlockedError(f"{describe(user)} reads the residual stream channel by channel")
+
+
+def _one_axis(norm: fx.Node) -> bool:
+    return norm.target is not aten.layer_norm.default or len(norm.args[1]) == 1
 
 
 def _carried(node: fx.Node) -> fx.Node | None:

@@ -73,6 +73,16 @@ class Quantized:
         parts = (self.packed, self.grid.scale, self.grid.zero_point, self.scheme.format, self.group_size)
         return packing.dequantize(*parts)[:, : self.width]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is stored, by name."""
+        zero = {} if self.grid.zero_point is None else {"zero_point": self.grid.zero_point}
+        return {"packed": self.packed, "scale": self.grid.scale, **zero}
+
+    @staticmethod
+    def restore(tensors: dict[str, Tensor], scheme: Scheme, width: int) -> "Quantized":
+        """From its `tensors`."""
+        return Quantized(tensors["packed"], Grid(tensors["scale"], tensors.get("zero_point")), scheme, width)
+
 
 def grouped(weight: Tensor, scheme: Scheme) -> Tensor:
     """Float32 [N, G, group_size] of a weight [N, K], padded with zeros."""
@@ -121,6 +131,17 @@ def quantize(weight: Tensor, scheme: Scheme, chosen: Grid | None = None) -> Quan
     zeros = [part.zero_point for _, part in parts if part.zero_point is not None]
     merged = Grid(torch.cat([part.scale for _, part in parts]), torch.cat(zeros) if zeros else None)
     return Quantized(torch.cat([packed for packed, _ in parts]), merged, scheme, width)
+
+
+def nearest(weight: Tensor, scheme: Scheme) -> Tensor:
+    """What a weight [N, K] rounds to, float32 [N, K]: `quantize(weight, scheme).dense()` without packing.
+
+    Raises:
+        PassError: the weight holds NaN or infinity, or a scale overflows the scheme's dtype.
+    """
+    wide = grouped(weight, scheme)
+    made = grid(wide, scheme)
+    return made.values(made.codes(wide, scheme.format), scheme.format).flatten(1)[:, : weight.shape[1]]
 
 
 def from_codes(codes: Tensor, chosen: Grid, scheme: Scheme, width: int) -> Quantized:

@@ -1,4 +1,4 @@
-"""Which weights of a matrix a sparse pattern keeps, and how a matrix of which two in four are kept is stored.
+"""Which weights of a matrix a sparse pattern keeps, and how a matrix is stored without its zeros.
 
     pattern = Pattern.parse("2:4")
     keep = pattern.keep(scores, ratio=0.5, per_row=True)      # bool [N, K]
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from graphwright.errors import PassError
 
@@ -99,9 +100,10 @@ def _highest(scores: Tensor, removed: int) -> Tensor:
 
 
 def compress(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Values [N, 2, K / 4] and places uint8 [N, K / 4] of a weight [N, K] with at most two non-zeros in every four.
+    """Values [N, 2, K / 4] and places uint8 [N, ceil(K / 8)] of a weight [N, K] with two non-zeros in four at most.
 
-    The place of the first value of a group lies in bits 0 and 1 of its byte and that of the second in bits 2 and 3.
+    The places of a group of four are four bits: that of its first value in the lower two. Even groups lie in the low
+    half of a byte. So a weight of b bits takes b / 2 + 1 bits.
 
     Raises:
         PassError: K is no multiple of four, or a group has more than two non-zeros.
@@ -114,29 +116,67 @@ def compress(weight: Tensor) -> tuple[Tensor, Tensor]:
     # The two largest, in the order of their places; zeros fill up groups that have fewer.
     places = grouped.abs().topk(2, dim=-1).indices.sort(-1).values
     values = grouped.gather(-1, places).movedim(-1, 1).contiguous()
-    return values, (places[..., 0] | (places[..., 1] << 2)).to(torch.uint8)
+    return values, pack_places(places)
 
 
 def expand(values: Tensor, places: Tensor) -> Tensor:
     """The dense weight [N, K] of what `compress` made, in the dtype of the values."""
-    dense = values.new_zeros(*places.shape, 4)
-    code = places.long()
-    dense.scatter_(-1, (code & 3)[..., None], values[:, 0, :, None])
-    dense.scatter_add_(-1, (code >> 2)[..., None], values[:, 1, :, None])
+    dense = values.new_zeros(values.shape[0], values.shape[2], 4)
+    first, second = unpack_places(places, values.shape[2]).long().unbind(-1)
+    dense.scatter_(-1, first[..., None], values[:, 0, :, None])
+    dense.scatter_add_(-1, second[..., None], values[:, 1, :, None])
     return dense.flatten(1)
+
+
+def pack_places(places: Tensor) -> Tensor:
+    """Places [N, G, 2] of values in their groups of four, two groups to a byte."""
+    nibbles = (places[..., 0] | (places[..., 1] << 2)).to(torch.uint8)
+    pairs = functional.pad(nibbles, (0, nibbles.shape[1] % 2)).unflatten(1, (-1, 2))
+    return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+def unpack_places(places: Tensor, groups: int) -> Tensor:
+    """The places uint8 [N, `groups`, 2] that `compress` packed."""
+    nibbles = torch.stack([places & 15, places >> 4], -1).flatten(1)[:, :groups]
+    return torch.stack([nibbles & 3, nibbles >> 2], -1)
 
 
 BITS = 2 ** torch.arange(8, dtype=torch.uint8)
 
 
-def to_bitmask(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The non-zeros [n] of a weight [N, K], row by row, and a bit per weight, uint8 [N, ceil(K / 8)], lowest first."""
-    kept = weight != 0
-    padded = torch.nn.functional.pad(kept, (0, -weight.shape[1] % 8)).unflatten(1, (-1, 8))
-    return weight[kept], (padded * BITS).sum(-1, dtype=torch.uint8)
+def to_blocks(values: Tensor, kept: Tensor, rows: int = 1, columns: int = 1) -> tuple[Tensor, Tensor]:
+    """The blocks [n, rows * columns] that are kept, row by row, and a bit per block, uint8 [N / rows, bytes].
+
+    Args:
+        values: [N, K], weights or their codes.
+        kept: bool [N, K], what must be stored; a block of which one element is kept is stored as a whole.
+        rows: of a block; they divide N.
+        columns: of a block; they divide K. Blocks of 1 x 1 make this a bitmask of single weights.
+    """
+    wanted = _blocks(kept, rows, columns).any(-1)
+    padded = functional.pad(wanted, (0, -wanted.shape[1] % 8)).unflatten(1, (-1, 8))
+    return _blocks(values, rows, columns)[wanted], (padded * BITS).sum(-1, dtype=torch.uint8)
 
 
-def from_bitmask(values: Tensor, places: Tensor, width: int) -> Tensor:
-    """The dense weight [N, `width`] of what `to_bitmask` made."""
-    kept = ((places[..., None] & BITS) != 0).flatten(1)[:, :width]
-    return values.new_zeros(kept.shape).masked_scatter_(kept, values)
+def from_blocks(values: Tensor, kept: Tensor, rows: int = 1, columns: int = 1) -> Tensor:
+    """The matrix [N, K] of blocks that `to_blocks` made, with zeros where nothing was stored.
+
+    Args:
+        values: elements of the stored blocks, in order; what follows them is not looked at.
+        kept: of `blocks_kept`.
+        rows: of a block.
+        columns: of a block.
+    """
+    places = kept[..., None].expand(*kept.shape, rows * columns)
+    full = values.new_zeros(places.shape).masked_scatter(places, values.flatten())
+    return full.unflatten(2, (rows, columns)).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def blocks_kept(places: Tensor, count: int) -> Tensor:
+    """Which blocks are stored, bool [N / rows, `count`]."""
+    return ((places[..., None] & BITS.to(places.device)) != 0).flatten(1)[:, :count]
+
+
+def _blocks(values: Tensor, rows: int, columns: int) -> Tensor:
+    """[N / rows, K / columns, rows * columns]."""
+    return values.unflatten(1, (-1, columns)).unflatten(0, (-1, rows)).transpose(1, 2).flatten(2)

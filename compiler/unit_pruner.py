@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from graphwright import calibration
 from graphwright.calibration import Hessian, Stop
-from graphwright.dependency import Group, cut, settle, split_merged
+from graphwright.dependency import Group, cut, settle, split_merged, tied
 from graphwright.errors import PassError
 from graphwright.feeding import batch_inputs
 from graphwright.folding import value_of
@@ -71,7 +71,7 @@ class UnitPruner(Pass):
         refuse_after(self, program, self.undoes)
         with Editor(program, self.name, context.fuel) as editor:
             split_merged(editor)
-            groups, misses = self.groups(program)
+            groups, misses = self._free(program, *self.groups(program))
             groups = [group for group in groups if editor.allow(group.source)]
             self._refuse_nothing(groups, misses, context)
             scores = self._scores(program, context, groups)
@@ -86,6 +86,12 @@ class UnitPruner(Pass):
             editor.program.graph.eliminate_dead_code()
             settle(program)
         return PassResult(program, editor.sites, notes=notes)
+
+    def _free(self, program: Program, groups: list[Group], misses: list[str]) -> tuple[list[Group], list[str]]:
+        """The groups whose weights nothing else reads, and why others are none."""
+        shared = {group.name: tied(program, group) for group in groups}
+        reasons = [f"{name}: the weight {other} is tied to another layer" for name, other in shared.items() if other]
+        return [group for group in groups if not shared[group.name]], [*misses, *reasons]
 
     def _refuse_nothing(self, groups: list[Group], misses: list[str], context: Context) -> None:
         if context.fuel.empty:

@@ -12,26 +12,33 @@ vocabulary head and the token embedding are rounded to nearest with widths of th
 and agree, they share the packed one.
 """
 
-import hashlib
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
+import torch
 from pydantic import Field, field_validator
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from graphwright import allocation, calibration, rounding, structure
-from graphwright.calibration import Collector, Stop
+from graphwright.calibration import Collector, Stop, Weights
+from graphwright.checkpoint import Checkpoint
 from graphwright.errors import PassError
-from graphwright.expert_quantizer import ExpertLayer, expert_layers, quantize_experts
+from graphwright.expert_quantizer import (
+    ExpertLayer,
+    Routed,
+    SolvedExperts,
+    expert_layers,
+    install_experts,
+    solve_experts,
+    stop_of,
+)
 from graphwright.ops import moe_routing, quantized_embedding, quantized_linear
 from graphwright.pass_ import Context, Pass, PassResult
 from graphwright.program import Program
 from graphwright.rewrite import Editor
-from graphwright.rounding import Grid, Quantized
+from graphwright.rounding import Quantized
 from graphwright.scheme import FormatName, LayerOptions, ScaleType, Scheme
 
 
@@ -50,6 +57,18 @@ class Layer:
         return str(self.weight.target)
 
 
+class Solved(Protocol):
+    """A weight in the form in which it is stored."""
+
+    def dense(self) -> Tensor:
+        """The weight [N, K] that it stands for, float32."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is stored, by name."""
+        ...
+
+
 class WeightQuantizer(Pass):
     """Base of the methods that map a weight, and perhaps statistics of its inputs, to codes."""
 
@@ -61,6 +80,11 @@ class WeightQuantizer(Pass):
         "float_dtype",
         "folded",
         "experts",
+        "fewer_experts",
+        "fewer_active_experts",
+        "expert_capacity",
+        "expert_choice",
+        "shared_experts_fused",
         "pruned",
         "fewer_layers",
         "low_rank",
@@ -70,6 +94,8 @@ class WeightQuantizer(Pass):
     conflicts: ClassVar[tuple[str, ...]] = ("quantized",)
     calibrated: ClassVar[bool] = False
     """Whether `solve` wants statistics of a layer's inputs."""
+    error_of: ClassVar[Literal["weights", "outputs"]] = "weights"
+    """What `error` is the relative error of."""
 
     group_size: int = Field(64, ge=-1, description="weights that share a scale along the input; 0: the whole row")
     scale_dtype: ScaleType = Field("float16", description="dtype of the scales")
@@ -78,6 +104,9 @@ class WeightQuantizer(Pass):
     layers: dict[str, LayerOptions] = Field({}, description="changes for layers whose weight matches a pattern")
     keep_first: int = Field(0, ge=0, description="linear layers at the start that stay in floating point")
     keep_last: int = Field(0, ge=0, description="linear layers before the head that stay in floating point")
+    expert_tokens: int = Field(
+        128, ge=0, description="calibrated: an expert with fewer tokens is rounded on those of all experts of its layer"
+    )
 
     @field_validator("layers")
     @classmethod
@@ -119,11 +148,28 @@ class WeightQuantizer(Pass):
         """A calibrated method's collector for one layer's inputs."""
         raise NotImplementedError(f"pass {self.name} collects nothing")
 
-    def solve(self, weight: Tensor, scheme: Scheme, statistics: Any) -> Quantized:
-        """Rounds one weight [N, K]; `statistics` is the filled collector, or None where nothing is calibrated."""
+    def solve(self, weight: Tensor, scheme: Scheme, statistics: Any) -> Any:
+        """Rounds one weight [N, K]; `statistics` is the filled collector, or None where nothing is calibrated.
+
+        Returns:
+            A `Solved`: a `Quantized`, unless the method overrides `restore` and `install`.
+        """
         raise NotImplementedError(f"pass {self.name} rounds nothing")
 
-    def error(self, weight: Tensor, quantized: Quantized, statistics: Any) -> float:
+    def solve_expert(self, weight: Tensor, scheme: Scheme, statistics: Any) -> Quantized:
+        """Rounds one weight of an expert, which is stored as codes with a grid, whatever `solve` makes of layers."""
+        solved: Quantized = self.solve(weight, scheme, statistics)
+        return solved
+
+    def restore(self, tensors: dict[str, Tensor], scheme: Scheme, width: int) -> Any:
+        """What `solve` returned, from its `tensors` and the number of columns K."""
+        return Quantized.restore(tensors, scheme, width)
+
+    def install(self, edit: "Installation", layer: Layer, solved: Any) -> fx.Node:
+        """Puts what `solve` returned in the place of a layer; returns the node that takes it."""
+        return edit.linear(layer, solved)
+
+    def error(self, weight: Tensor, quantized: Any, statistics: Any) -> float:
         """Relative error of one layer: of its weight, unless a method can tell that of its output."""
         return rounding.relative_weight_error(weight, quantized)
 
@@ -137,21 +183,26 @@ class WeightQuantizer(Pass):
             PassError: a layer cannot be rounded, a pattern names no layer, or activations are not finite.
         """
         with Editor(program, self.name, context.fuel) as editor:
-            edit = _Installation(editor)
+            edit = Installation(editor, self.restore)
             unmatched = set(self.layers)
             found = self._layers(program, unmatched)
             mixtures = expert_layers(program, lambda name: self._scheme_of(name, False, unmatched))
             self._refuse_unmatched(unmatched, [*found, *(m.up for m in mixtures)])
             layers, notes = self.choose(program, context, found)
             layers = [layer for layer in layers if editor.allow(layer.node)]
+            mixtures = [mixture for mixture in mixtures if editor.allow(mixture.node)]
             if self.calibrated:
-                self._walk(program, context, edit, [layer for layer in layers if not layer.head])
+                inner = [layer for layer in layers if not layer.head]
+                notes |= self._walk(program, context, edit, inner, mixtures)
             for count, layer in enumerate(layers):
                 if layer.head or not self.calibrated:
                     context.progress(f"{self.name} {layer.name}", count / len(layers))
                     self._install(edit, layer, None)
                     editor.retire(layer.node)
-            self._experts(context, edit, mixtures, notes)
+            for mixture in mixtures if not self.calibrated else ():
+                self._experts(context, edit, mixture, None)
+                editor.retire(mixture.node)
+            notes["layer_errors_of"] = self.error_of
             if self.embedding_bits:
                 for node, table in structure.embeddings(program):
                     if editor.allow(node):
@@ -160,20 +211,15 @@ class WeightQuantizer(Pass):
         return PassResult(program, editor.sites, notes=notes, layer_errors=edit.errors)
 
     def _experts(
-        self, context: Context, edit: "_Installation", mixtures: list[ExpertLayer], notes: dict[str, Any]
-    ) -> None:
-        """Rounds every expert by itself; a calibrated method, which may see too few tokens of one, to nearest."""
-
-        def solve(weight: Tensor, scheme: Scheme) -> Quantized:
-            return rounding.quantize(weight, scheme) if self.calibrated else self.solve(weight, scheme, None)
-
-        for count, mixture in enumerate(mixtures):
-            if edit.editor.allow(mixture.node):
-                done = count / len(mixtures)
-                progress = lambda text, done=done: context.progress(f"{self.name} {text}", done)  # noqa: E731
-                edit.errors.update(quantize_experts(edit.editor, mixture, solve, progress))
-        if mixtures and self.calibrated:
-            notes["experts"] = "rounded to nearest, not calibrated"
+        self, context: Context, edit: "Installation", mixture: ExpertLayer, seen: Routed | None
+    ) -> SolvedExperts:
+        """Rounds every expert of a layer by itself, on the tokens that were seen, and installs them."""
+        calibrated = None if seen is None else (seen, self.collector, self.expert_tokens)
+        progress = lambda text: context.progress(f"{self.name} {text}", 0.5)  # noqa: E731
+        program = edit.editor.program
+        solved = solve_experts(program, mixture, self.solve_expert, self.error, progress, calibrated)
+        edit.errors.update(install_experts(edit.editor, mixture, solved))
+        return solved
 
     def _refuse_unmatched(self, unmatched: set[str], known: list[Any]) -> None:
         if unmatched:
@@ -207,22 +253,43 @@ class WeightQuantizer(Pass):
                 scheme = options.apply(scheme or self.scheme())
         return scheme
 
-    def _walk(self, program: Program, context: Context, edit: "_Installation", layers: list[Layer]) -> None:
+    def _walk(
+        self,
+        program: Program,
+        context: Context,
+        edit: "Installation",
+        layers: list[Layer],
+        mixtures: list[ExpertLayer],
+    ) -> dict[str, Any]:
         """Solves layers in the order in which data reaches them, each behind the quantized ones before it."""
-        stages = calibration.by_input(program, layers)
+        order = {node: place for place, node in enumerate(program.graph.nodes)}
+        stages: list[tuple[Stop, list[Layer] | ExpertLayer]] = [
+            (Stop(node, f"{self.name} {group[0].name}"), group) for node, group in calibration.by_input(program, layers)
+        ]
+        stages += [(stop_of(mixture, order, f"{self.name} {mixture.up.name}"), mixture) for mixture in mixtures]
+        stages.sort(key=lambda stage: order[stage[0].node])
         batches = calibration.samples(program, context)
         edit.checkpoint = Checkpoint.of(self, program, batches, context)
+        pooled: dict[str, list[int]] = {}
 
-        def visit(index: int, collected: Collector) -> dict[fx.Node, Tensor]:
-            return {layer.node: self._install(edit, layer, collected).dense() for layer in stages[index][1]}
+        def visit(index: int, collected: Any) -> dict[fx.Node, Weights]:
+            work = stages[index][1]
+            if isinstance(work, ExpertLayer):
+                solved = self._experts(context, edit, work, collected)
+                pooled[work.up.name] = solved.pooled
+                return {work.node: solved.dense()}
+            return {layer.node: self._install(edit, layer, collected).dense() for layer in work}
 
         def known(index: int) -> bool:
-            return all(edit.known(layer) for layer in stages[index][1])
+            work = stages[index][1]
+            return not isinstance(work, ExpertLayer) and all(edit.known(layer) for layer in work)
 
-        stops = [Stop(node, f"{self.name} {group[0].name}") for node, group in stages]
+        stops = [stop for stop, _ in stages]
         calibration.walk(program, batches, stops, self.collector, visit, context.progress, known)
+        rare = {name: found for name, found in pooled.items() if found}
+        return {"experts_rounded_on_tokens_of_all": rare} if mixtures else {}
 
-    def _install(self, edit: "_Installation", layer: Layer, statistics: Any) -> Quantized:
+    def _install(self, edit: "Installation", layer: Layer, statistics: Any) -> Solved:
         """Solves a layer, unless another one that reads the same weight is solved, and puts it in the graph."""
         done = edit.find(layer)
         if done is None:
@@ -237,9 +304,10 @@ class WeightQuantizer(Pass):
             except PassError as reason:
                 raise PassError(reason.problem, where=reason.where or layer.name, fix=reason.fix) from reason
             edit.keep(layer, done, error)
-        new = edit.linear(layer, done)
-        if not layer.head:
-            self.compensate(edit.editor, layer, done, new)
+        if layer.head:
+            edit.linear(layer, done)
+        else:
+            self.compensate(edit.editor, layer, done, self.install(edit, layer, done))
         return done
 
 
@@ -249,6 +317,9 @@ class IntegerQuantizer(WeightQuantizer):
     bits: Literal[2, 3, 4, 8] = Field(4, description="bits per weight")
     symmetric: bool = Field(False, description="no zero points")
     mixed_bits: float | None = Field(None, gt=0, description="mean bits per weight to spend as layers need them")
+    mixed_error: float | None = Field(
+        None, gt=0, description="error to spend on few bits: root mean square over layers of their outputs' errors"
+    )
     mixed_widths: tuple[Literal[2, 3, 4, 8], ...] = Field((2, 3, 4, 8), min_length=1, description="widths to mix")
 
     def scheme(self) -> Scheme:
@@ -263,59 +334,79 @@ class IntegerQuantizer(WeightQuantizer):
     @property
     def calibrates(self) -> bool:
         """A calibrated method does, and any that mixes widths."""
-        return self.calibrated or self.mixed_bits is not None
+        return self.calibrated or self._mixes
+
+    @property
+    def _mixes(self) -> bool:
+        return self.mixed_bits is not None or self.mixed_error is not None
+
+    def model_post_init(self, context: Any) -> None:
+        """Refuses two budgets."""
+        super().model_post_init(context)
+        if self.mixed_bits is not None and self.mixed_error is not None:
+            raise ValueError("mixed_bits and mixed_error are two budgets: give one")
 
     @property
     def weight_formats(self) -> tuple[str, ...]:
         """Those of all widths that may be mixed too."""
-        mixed = () if self.mixed_bits is None else map(integer_format, self.mixed_widths)
+        mixed = map(integer_format, self.mixed_widths) if self._mixes else ()
         return tuple(dict.fromkeys((*super().weight_formats, *mixed)))
 
     def choose(self, program: Program, context: Context, layers: list[Layer]) -> tuple[list[Layer], dict[str, Any]]:
-        """With a budget of mean bits, gives each layer but the head the width that it needs most.
+        """With a budget of mean bits or of error, gives each layer but the head the width that it needs most.
 
         The loss of a layer at a width is the relative squared error of its output when it alone is rounded to
         nearest, measured on the calibration data; the choice is exact. Layers that share a weight are one.
         """
-        if self.mixed_bits is None:
+        if not self._mixes:
             return layers, {}
         mixed = {layer.name: layer for layer in layers if not layer.head}
         widths = sorted(self.mixed_widths)
         options = self._measured(program, context, list(mixed.values()), widths)
         weights = sum(layer.weight.meta["val"].numel() for layer in mixed.values())
         points = allocation.frontier([options[name] for name in mixed])
-        chosen = allocation.within(points, int(self.mixed_bits * weights / 8))
+        if self.mixed_bits is not None:
+            chosen = allocation.within(points, int(self.mixed_bits * weights / 8))
+        else:
+            chosen = allocation.reaching(points, (self.mixed_error or 0.0) ** 2 * len(mixed))
         bits = {name: widths[index] for name, index in zip(mixed, chosen.chosen, strict=True)}
         step = max(1, len(points) // FRONTIER_POINTS)
-        drawn = [[point.bytes * 8 / weights, point.loss / len(mixed)] for point in points[::step]]
+        ends = [*points[:-1:step], points[-1]]
+        drawn = [[point.bytes * 8 / weights, point.loss / len(mixed)] for point in (*ends, chosen)]
         changed = [
             layer if layer.head else replace(layer, scheme=_with_bits(layer.scheme, bits[layer.name]))
             for layer in layers
         ]
-        return changed, {"bits": bits, "frontier": drawn}
+        return changed, {"bits": bits, "frontier": drawn[:-1], "chosen": drawn[-1]}
 
     def _measured(
         self, program: Program, context: Context, layers: list[Layer], widths: list[int]
     ) -> dict[str, list[allocation.Option]]:
         """Bytes and loss of every layer at every width, by weight name."""
         stages = calibration.by_input(program, layers)
-        found: dict[str, list[allocation.Option]] = {}
 
-        def visit(index: int, collected: calibration.Hessian) -> dict[fx.Node, Tensor]:
-            for layer in stages[index][1]:
-                weight = program.weight(layer.weight)
-                found[layer.name] = [self._option(weight, layer.scheme, bits, collected.matrix) for bits in widths]
-            return {}
+        def losses(index: int, collected: calibration.Hessian) -> dict[str, Tensor]:
+            return {
+                layer.name: torch.tensor(
+                    [_loss(program.weight(layer.weight), _with_bits(layer.scheme, bits), collected) for bits in widths],
+                    dtype=torch.float64,
+                )
+                for layer in stages[index][1]
+            }
 
         stops = [Stop(node, f"{self.name} sensitivity {group[0].name}") for node, group in stages]
-        batches = calibration.samples(program, context)
-        calibration.walk(program, batches, stops, calibration.Hessian, visit, context.progress)
+        found: dict[str, list[allocation.Option]] = {}
+        for part in calibration.measure(self, program, context, stops, calibration.Hessian, losses):
+            for layer in layers:
+                if layer.name in part:
+                    sizes = [_with_bits(layer.scheme, bits).bytes(*layer.weight.meta["val"].shape) for bits in widths]
+                    options = zip(sizes, part[layer.name].tolist(), strict=True)
+                    found[layer.name] = [allocation.Option(size, loss) for size, loss in options]
         return found
 
-    def _option(self, weight: Tensor, scheme: Scheme, bits: int, hessian: Tensor) -> allocation.Option:
-        narrow = _with_bits(scheme, bits)
-        dense = rounding.quantize(weight, narrow).dense()
-        return allocation.Option(narrow.bytes(*weight.shape), rounding.output_error(weight, dense, hessian) ** 2)
+
+def _loss(weight: Tensor, scheme: Scheme, collected: calibration.Hessian) -> float:
+    return rounding.output_error(weight, rounding.nearest(weight, scheme), collected.matrix) ** 2
 
 
 FRONTIER_POINTS = 100
@@ -336,80 +427,36 @@ def _per_row(bits: int, scale_dtype: ScaleType) -> Scheme:
     return Scheme(format=integer_format(bits), group_size=0, symmetric=True, scale_dtype=scale_dtype)
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """Solved layers on disk: an interrupted calibration goes on where it was.
-
-    One file per layer, written under another name first, in a folder that stands for the same pass, program and data.
-    """
-
-    folder: Path
-
-    @staticmethod
-    def of(one: Pass, program: Program, batches: list[dict[str, Tensor]], context: Context) -> "Checkpoint | None":
-        """The checkpoint of this calibration in the context's folder, or None without one."""
-        if context.checkpoint is None:
-            return None
-        digest = hashlib.sha256(f"{one.name} {one.model_dump_json()} {context.seed}\n{program.text()}".encode())
-        for batch in batches:
-            for name in sorted(batch):
-                digest.update(batch[name].contiguous().numpy().tobytes())
-        for tensor in program.weights().values():
-            digest.update(str(float(tensor.double().sum())).encode())
-        folder = context.checkpoint / f"{one.name}-{digest.hexdigest()[:16]}"
-        folder.mkdir(parents=True, exist_ok=True)
-        return Checkpoint(folder)
-
-    def file(self, name: str) -> Path:
-        """Where the layer whose weight has this name is kept."""
-        return self.folder / f"{name}.safetensors"
-
-    def save(self, name: str, quantized: Quantized, error: float) -> None:
-        """Writes one layer."""
-        tensors = {"packed": quantized.packed, "scale": quantized.grid.scale}
-        if quantized.grid.zero_point is not None:
-            tensors["zero_point"] = quantized.grid.zero_point
-        partial = self.file(name).with_suffix(".partial")
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, {"error": repr(error)})
-        partial.replace(self.file(name))
-
-    def load(self, name: str, scheme: Scheme, width: int) -> tuple[Quantized, float]:
-        """Reads one layer and its error."""
-        with safe_open(self.file(name), framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            error = float(file.metadata()["error"])
-        return Quantized(tensors["packed"], Grid(tensors["scale"], tensors.get("zero_point")), scheme, width), error
-
-
 @dataclass
-class _Installation:
+class Installation:
     """The edit in progress; a weight that several nodes read is quantized once per scheme."""
 
     editor: Editor
+    restore: Callable[[dict[str, Tensor], Scheme, int], Any]
     errors: dict[str, float] = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
-    _names: dict[tuple[str, Scheme], tuple[str, ...]] = field(default_factory=dict)
-    _results: dict[tuple[str, Scheme], Quantized] = field(default_factory=dict)
+    _names: dict[tuple[str, Scheme], tuple[str | None, ...]] = field(default_factory=dict)
+    _results: dict[tuple[str, Scheme], Any] = field(default_factory=dict)
 
     def known(self, layer: Layer) -> bool:
         """Whether the layer's weight need not be solved."""
-        stored = self.checkpoint is not None and not layer.head and self.checkpoint.file(layer.name).exists()
+        stored = self.checkpoint is not None and not layer.head and self.checkpoint.has(layer.name)
         return stored or (layer.name, layer.scheme) in self._results
 
-    def find(self, layer: Layer) -> Quantized | None:
+    def find(self, layer: Layer) -> Any:
         """What was solved for the layer's weight before, in this run or in the one that was interrupted."""
         key = (layer.name, layer.scheme)
         if key not in self._results and self.checkpoint is not None and self.known(layer):
-            width = layer.weight.meta["val"].shape[1]
-            self._results[key], self.errors[layer.name] = self.checkpoint.load(layer.name, layer.scheme, width)
+            tensors, self.errors[layer.name] = self.checkpoint.load(layer.name), self.checkpoint.error(layer.name)
+            self._results[key] = self.restore(tensors, layer.scheme, layer.weight.meta["val"].shape[1])
         return self._results.get(key)
 
-    def keep(self, layer: Layer, quantized: Quantized, error: float) -> None:
+    def keep(self, layer: Layer, solved: Solved, error: float) -> None:
         """Notes what was solved."""
-        self._results[(layer.name, layer.scheme)] = quantized
+        self._results[(layer.name, layer.scheme)] = solved
         self.errors[layer.name] = error
         if self.checkpoint is not None and not layer.head:
-            self.checkpoint.save(layer.name, quantized, error)
+            self.checkpoint.save(layer.name, solved.tensors(), error=error)
 
     def linear(self, layer: Layer, quantized: Quantized) -> fx.Node:
         """Puts a quantized linear layer in the place of a plain one, and returns it."""
@@ -436,14 +483,20 @@ class _Installation:
 
     def _nodes(self, before: fx.Node, name: str, quantized: Quantized) -> tuple[fx.Node | None, ...]:
         """Nodes that read the packed weight, its scales and its zero points or None."""
-        key = (name, quantized.scheme)
-        symmetric = quantized.grid.zero_point is None
-        if key not in self._names:
-            stored = {quantized.scheme.format: quantized.packed, "scale": quantized.grid.scale}
-            if quantized.grid.zero_point is not None:
-                stored["zero_point"] = quantized.grid.zero_point
-            made = [self.editor.weight(f"{name}_{part}", tensor, before) for part, tensor in stored.items()]
-            self._names[key] = tuple(str(node.target) for node in made)
-            return (*made, None) if symmetric else tuple(made)
-        nodes: list[fx.Node | None] = [self.editor.read(stored_name, before) for stored_name in self._names[key]]
-        return (*nodes, None) if symmetric else tuple(nodes)
+        grid, format = quantized.grid, quantized.scheme.format
+        stored = {format: quantized.packed, "scale": grid.scale, "zero_point": grid.zero_point}
+        return self.read(name, quantized.scheme, stored, before)
+
+    def read(
+        self, name: str, scheme: Scheme, stored: Mapping[str, Tensor | None], before: fx.Node
+    ) -> tuple[fx.Node | None, ...]:
+        """Nodes that read tensors of a weight; what is stored already under its name and scheme is shared."""
+        key = (name, scheme)
+        if key in self._names:
+            return tuple(None if known is None else self.editor.read(known, before) for known in self._names[key])
+        made = tuple(
+            None if tensor is None else self.editor.weight(f"{name}_{part}", tensor, before)
+            for part, tensor in stored.items()
+        )
+        self._names[key] = tuple(None if node is None else str(node.target) for node in made)
+        return made

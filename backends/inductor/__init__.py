@@ -25,6 +25,7 @@ from graphwright.backends.inductor.support import support
 from graphwright.contract import Contract
 from graphwright.errors import BackendError
 from graphwright.op import OPS
+from graphwright.ops import fetch_experts
 from graphwright.program import Program
 from graphwright.target import Target
 from graphwright.text import symbol_names
@@ -57,6 +58,11 @@ class InductorBackend:
         """
         if shutil.which("g++") is None and shutil.which("clang++") is None:
             raise BackendError("The inductor backend needs a C++ compiler and found none", fix="Install g++ or clang++")
+        if next(program.calls(fetch_experts.target), None) is not None:
+            raise BackendError(
+                "The inductor backend cannot leave experts in a file",
+                fix="Compile with the tvm backend, or leave the pass offload_experts out of the recipe",
+            )
         plan = plan_regions(program)
         names = symbol_names(program.graph, program.contract)
         forms: tuple[Form, ...] = ("decode", "general") if program.contract.state else ("general",)

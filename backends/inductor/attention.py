@@ -26,6 +26,8 @@ def attention_by_reduction(
     chunk: int = 0,
     prefix: int = 0,
     softcap: float = 0.0,
+    anchors: int = 0,
+    block: int = 0,
 ) -> Tensor:
     """Attention of few queries: every key and value is read once, as it lies in the cache."""
     batch, heads, length, _ = query.shape
@@ -41,7 +43,8 @@ def attention_by_reduction(
     if alibi_slopes is not None:
         distance = (key_at[:, None, :] - query_at[:, :, None]).float()
         scores = scores + alibi_slopes.float().view(1, *split, 1, 1) * distance[:, None, None]
-    visible = visible_keys(query_at, key_at, causal=causal, window=window, chunk=chunk, prefix=prefix)
+    limits: dict[str, Any] = {"causal": causal, "window": window, "chunk": chunk, "prefix": prefix}
+    visible = visible_keys(query_at, key_at, anchors=anchors, block=block, **limits)
     scores = realize(scores.masked_fill(~visible[:, None, None], float("-inf")))
     weights = realize(_softmax(scores, None if sinks is None else sinks.float().view(1, *split, 1, 1)))
     mixed = (weights[..., None] * value.float()[:, :, None, None]).sum(-2)
@@ -75,9 +78,12 @@ def attention_by_flash(
     chunk: int = 0,
     prefix: int = 0,
     softcap: float = 0.0,
+    anchors: int = 0,
+    block: int = 0,
 ) -> Tensor:
     """Attention of many queries through `scaled_dot_product_attention`, or the reference where that cannot say it."""
     limits: dict[str, Any] = {"causal": causal, "window": window, "chunk": chunk, "prefix": prefix}
+    limits |= {"anchors": anchors, "block": block}
     if softcap or sinks is not None:
         extras = (query_positions, key_positions, bias, alibi_slopes, sinks)
         result: Tensor = attention_op.reference(query, key, value, *extras, scale, softcap=softcap, **limits)

@@ -5,6 +5,7 @@ the lookup and the unpacking into the sum, so that only chosen experts are read 
 the choices are sorted by expert, which is known only at run time; there the op is called as it is.
 """
 
+import torch
 from torch import Tensor
 
 from graphwright.backends.inductor.barrier import realize
@@ -29,7 +30,7 @@ def experts_by_reduction(
     ids, rows = _choices(x, indices)
     inner = _product(rows, up[ids], up_bias, ids)
     inner = realize(activate(inner, activation, gated, alpha, limit))
-    return _combine(_product(inner, down[ids], down_bias, ids), weights, x)
+    return _combine(_product(inner, down[ids], down_bias, ids), weights, indices, x)
 
 
 def quantized_experts_by_reduction(
@@ -57,14 +58,17 @@ def quantized_experts_by_reduction(
     chosen = _unpacked(up, up_scale, up_zero_point, ids, format, up_group_size, rows.shape[1])
     inner = realize(activate(_product(rows, chosen, up_bias, ids), activation, gated, alpha, limit))
     chosen = _unpacked(down, down_scale, down_zero_point, ids, format, down_group_size, inner.shape[1])
-    return _combine(_product(inner, chosen, down_bias, ids), weights, x)
+    return _combine(_product(inner, chosen, down_bias, ids), weights, indices, x)
 
 
 def _choices(x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Expert and float32 input of each choice, [S] and [S, K], with the choices of a token side by side."""
+    """Expert and float32 input of each choice, [S] and [S, K], with the choices of a token side by side.
+
+    A choice that was dropped walks over the first expert, and counts nothing.
+    """
     tokens, top_k = indices.shape
     rows = x.float()[:, None, :].expand(tokens, top_k, x.shape[1])
-    return realize(indices.reshape(-1)), realize(rows.reshape(tokens * top_k, x.shape[1]))
+    return realize(indices.reshape(-1).clamp_min(0)), realize(rows.reshape(tokens * top_k, x.shape[1]))
 
 
 def _product(rows: Tensor, chosen: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
@@ -81,6 +85,7 @@ def _unpacked(
     return dense.view(ids.shape[0], codes.shape[1], -1)[:, :, :width]
 
 
-def _combine(outputs: Tensor, weights: Tensor, x: Tensor) -> Tensor:
-    parts = outputs.view(*weights.shape, outputs.shape[1]) * weights.float()[:, :, None]
+def _combine(outputs: Tensor, weights: Tensor, indices: Tensor, x: Tensor) -> Tensor:
+    shares = torch.where(indices < 0, 0.0, weights.float())
+    parts = outputs.view(*weights.shape, outputs.shape[1]) * shares[:, :, None]
     return realize(parts.sum(1).to(x.dtype))

@@ -16,6 +16,7 @@ from graphwright.backends.inductor.attention import attention_by_flash, attentio
 from graphwright.backends.inductor.barrier import realize
 from graphwright.backends.inductor.experts import experts_by_reduction, quantized_experts_by_reduction
 from graphwright.backends.inductor.linear import dequantize, linear, quantized_linear, quantized_matmul
+from graphwright.backends.inductor.spqr import spqr_by_parts, spqr_matmul
 from graphwright.op import op_of
 from graphwright.ops import experts, grouped_linear, quantized_experts
 
@@ -77,6 +78,7 @@ def quantized_embedding(
 
 
 LOWERINGS: Mapping[Any, Mapping[Form, Lowering]] = {
+    "spqr_linear": {"decode": spqr_by_parts, "general": spqr_matmul},
     "attention": {"decode": attention_by_reduction, "general": attention_by_flash},
     "experts": {"decode": experts_by_reduction, "general": experts},
     "grouped_linear": {"decode": grouped_linear, "general": grouped_linear},

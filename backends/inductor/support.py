@@ -8,9 +8,9 @@ from torch import fx
 
 from graphwright.backend import Support
 from graphwright.op import op_of
-from graphwright.ops import quantized_linear
+from graphwright.ops import quantized_linear, spqr_linear
 
-FAST_FORMATS = ("int4", "int8")
+FAST_FORMATS = ("int4", "int8", "int4_offset")
 """Weight formats whose codes are multiplied as they are read."""
 
 EXTERN = {
@@ -26,6 +26,10 @@ def support(node: fx.Node) -> Support:
     target = node.target
     if target is quantized_linear.target and node.args[5] not in FAST_FORMATS:
         return Support(False, f"{node.args[5]} weights are dequantized in memory at every call; no fused product")
+    if target is spqr_linear.target:
+        return Support(
+            False, f"{node.args[9]} weights of SpQR are dequantized in memory at every call; no fused product"
+        )
     if op_of(target) is not None or not isinstance(target, torch._ops.OpOverload):
         return Support(True)
     name = target._opname

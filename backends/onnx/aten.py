@@ -123,7 +123,11 @@ def _cumsum(t: Translator, self: ir.Value, dim: int, dtype: Any = None) -> ir.Va
 
 
 def _extreme(op_type: str) -> Translation:
-    return lambda t, self, dim, keepdim=False: t.builder(op_type, self, t.builder.ints(dim), keepdims=int(keepdim))
+    def translate(t: Translator, self: ir.Value, dim: Sequence[int] = (), keepdim: bool = False) -> ir.Value:
+        axes = [t.builder.ints(dim)] if dim else []
+        return t.builder(op_type, self, *axes, keepdims=int(keepdim))
+
+    return translate
 
 
 def _layer_norm(
@@ -312,6 +316,7 @@ ATEN: dict[Callable[..., Any], Translation] = {
     aten.sub.Tensor: _binary("Sub"),
     aten.mul.Tensor: _binary("Mul"),
     aten.div.Tensor: _binary("Div"),
+    aten.pow.Tensor_Tensor: _binary("Pow"),
     aten.floor_divide.default: _floor_divide,
     aten.remainder.Scalar: _remainder,
     aten.pow.Tensor_Scalar: _pow,

@@ -54,11 +54,15 @@ class Onnx(Format):
             import_runtime()
 
     def recipe(self, recipe: Recipe, options: Any) -> Recipe:
-        """The recipe with explicit caches instead of caches in place.
+        """The recipe with explicit caches instead of caches in place, and codes with their zeros.
 
         Raises:
             RecipeError: a pass needs what ONNX cannot carry.
         """
+        if any("quantized" in one.provides for one in recipe.passes):
+            # Codes stand for zeros too, and take less than the zeros of a dense weight in floating point.
+            passes = tuple(one for one in recipe.passes if not SPARSE & set(one.provides))
+            recipe = recipe.model_copy(update={"passes": passes})
         for one in recipe.passes:
             _refuse_format(one, options)
             if REPLACED & set(one.requires):

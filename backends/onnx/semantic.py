@@ -191,8 +191,8 @@ def _positions(t: Translator, node: fx.Node) -> tuple[ir.Value, ir.Value]:
 
 def _visible(t: Translator, node: fx.Node) -> ir.Value:
     """0 where a query sees a key, else `HIDDEN`: float32 [B|1, 1, S, T]."""
-    names = ("causal", "window", "chunk", "prefix")
-    causal, window, chunk, prefix = (argument(node, name) for name in names)
+    names = ("causal", "window", "chunk", "prefix", "anchors", "block")
+    causal, window, chunk, prefix, anchors, block = options = [argument(node, name) for name in names]
     query_at, key_at = _positions(t, node)
 
     def make() -> ir.Value:
@@ -202,16 +202,23 @@ def _visible(t: Translator, node: fx.Node) -> ir.Value:
         if causal:
             before = b("LessOrEqual", key_at, query_at)
             seen = b("And", seen, b("Or", before, b("Less", key_at, number(prefix))) if prefix else before)
+        # Padding has position -1 and is hidden already, so division may round towards zero.
+        parts = lambda size: [b("Div", at, number(size)) for at in (query_at, key_at)]  # noqa: E731
+        near = []
         if window:
-            seen = b("And", seen, b("Less", b("Abs", b("Sub", query_at, key_at)), number(window)))
+            distance = b("Abs", b("Sub", *(parts(block) if block else (query_at, key_at))))
+            near.append(b("Less", b("Mul", distance, number(block)) if block else distance, number(window)))
         if chunk:
-            # Padding has position -1 and is hidden already, so division may round towards zero.
-            same = b("Equal", b("Div", query_at, number(chunk)), b("Div", key_at, number(chunk)))
-            seen = b("And", seen, same)
+            near.append(b("Equal", *parts(chunk)))
+        if near and anchors:
+            either = b("Or", *(b("Less", at, number(anchors)) for at in (query_at, key_at)))
+            near = [b("Or", b("And", *near) if len(near) == 2 else near[0], either)]
+        for condition in near:
+            seen = b("And", seen, condition)
         added = b("Where", seen, b.scalar(0.0, FLOAT), b.scalar(HIDDEN, FLOAT))
         return b("Unsqueeze", added, b.ints([1]))
 
-    made: ir.Value = t.shared_value(("visible", query_at, key_at, causal, window, chunk, prefix), make)
+    made: ir.Value = t.shared_value(("visible", query_at, key_at, *options), make)
     return made
 
 

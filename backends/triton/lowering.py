@@ -10,6 +10,7 @@ from torch import fx
 from graphwright import ops as semantic
 from graphwright.backend import Support
 from graphwright.backends.triton import ops
+from graphwright.backends.triton.experts import experts_as_products
 from graphwright.kernels.triton import flash_attention, integer_gemm, norm, quantized_gemm
 from graphwright.op import op_of
 from graphwright.ops.gated_activation import ACTIVATIONS
@@ -27,6 +28,7 @@ KERNELS: dict[Any, ops.TritonOp] = {
     semantic.attention.target: ops.attention,
     semantic.quantized_linear.target: ops.quantized_linear,
     semantic.grouped_linear.target: ops.grouped_linear,
+    semantic.sparse_linear.target: ops.sparse_linear,
     semantic.quantized_embedding.target: ops.quantized_embedding,
     aten.layer_norm.default: ops.layer_norm,
 }
@@ -42,7 +44,7 @@ def lower(program: Program) -> Program:
     """A copy of `program` whose calls are ops with kernels wherever there is one."""
     lowered = program.clone()
     with Editor(lowered, "triton") as editor:
-        for step in (_integer_products, _norm_after_sum, _rope_into_cache, _each_by_itself):
+        for step in (experts_as_products, _integer_products, _norm_after_sum, _rope_into_cache, _each_by_itself):
             step(lowered, editor)
             lowered.graph.eliminate_dead_code()
     return lowered
@@ -52,6 +54,9 @@ def support(node: fx.Node) -> Support:
     """Whether a call has a kernel, and if not, why."""
     if node.target in ops.OPS:
         return Support(True)
+    if node.target == semantic.experts.target:
+        ok = _value(node).dtype in FLOATS
+        return Support(ok, "" if ok else f"no kernel computes in {_value(node).dtype}")
     if node.target == semantic.quantize_dequantize.target:
         if any(_multiplied_as_integers(node, user) for user in node.users):
             return Support(True)
@@ -82,6 +87,7 @@ def _refusal(node: fx.Node) -> str:
         ),
         semantic.attention.target: lambda: _head_refusal(value.shape[3], _value(args[2]).shape[3]),
         semantic.quantized_linear.target: lambda: _weight_refusal(args[5], args[6]),
+        semantic.sparse_linear.target: lambda: _sparse_refusal(args[6], args[7], value, _value(args[1])),
         semantic.quantized_embedding.target: lambda: (
             "" if args[4] in quantized_gemm.PARTS else f"{args[4]} tables have no kernel"
         ),
@@ -113,6 +119,14 @@ def _weight_refusal(format: str, group_size: int) -> str:
         return f"{format} weights have no kernel; there are kernels for {', '.join(quantized_gemm.PARTS)}"
     fits = smallest <= group_size <= largest and group_size % quantized_gemm.PARTS[format] == 0
     return "" if fits else f"groups of {group_size} have no kernel; there are kernels for {smallest} to {largest}"
+
+
+def _sparse_refusal(layout: str, format: str, x: torch.Tensor, values: torch.Tensor) -> str:
+    if layout != "2:4":
+        return f"sparse weights of layout {layout} have no kernel; there is one for 2:4"
+    if format:
+        return f"2:4 weights in {format} have no kernel; there is one for floating-point values"
+    return "" if x.dtype == values.dtype else f"2:4 values in {values.dtype} do not fit activations in {x.dtype}"
 
 
 def _arguments(node: fx.Node) -> list[Any]:
@@ -242,6 +256,8 @@ def _each_by_itself(program: Program, editor: Editor) -> None:
         if node.target == aten.layer_norm.default:
             x, _shape, weight, bias, eps, *_ = arguments
             arguments = [x, weight, bias, eps]
+        if node.target == semantic.sparse_linear.target:
+            arguments = [*arguments[:3], arguments[5]]
         new = editor.call(KERNELS[node.target].target, *arguments, before=node)
         if node.target == semantic.kv_cache_update.target:
             program.graph.erase_node(node)

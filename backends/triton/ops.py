@@ -27,6 +27,7 @@ from graphwright.kernels.triton import (
     quantize,
     quantized_gemm,
     rope,
+    sparse_gemm,
 )
 from graphwright.kernels.triton.device import Device
 from graphwright.kernels.triton.launch import JustInTime, Runner
@@ -219,13 +220,15 @@ def attention(
     chunk: int = 0,
     prefix: int = 0,
     softcap: float = 0.0,
+    anchors: int = 0,
+    block: int = 0,
 ) -> Tensor:
     """See `graphwright.ops.attention`; split over the keys for few queries, by blocks of queries for many."""
     out = flash_attention.empty_result(query, value.shape[3])
     if isinstance(query, torch._subclasses.FakeTensor):
         return out
     arguments = (query_positions, key_positions, bias, alibi_slopes, sinks, scale, causal, window, chunk, prefix)
-    return out.copy_(ops.attention.reference(query, key, value, *arguments, softcap))
+    return out.copy_(ops.attention.reference(query, key, value, *arguments, softcap, anchors, block))
 
 
 @define(quantized_gemm.quantized_linear)
@@ -256,6 +259,12 @@ def integer_linear(
 ) -> Tensor:
     """(codes * x_scale) @ dequantize(weight).T + bias, multiplied as integers."""
     return integer_gemm.linear_reference(codes, x_scale, weight, scale, zero_point, bias, format, group_size, dtype)
+
+
+@define(sparse_gemm.linear)
+def sparse_linear(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None) -> Tensor:
+    """`graphwright.ops.sparse_linear` of layout `2:4` with floating-point values."""
+    return _own(sparse_gemm.linear_reference(x, values, places, bias), x)
 
 
 @define(grouped_gemm.grouped_linear)

@@ -1,6 +1,6 @@
 """A program as one TVM module: translated, lowered by Relax, compiled by LLVM, written as a shared library."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import tvm
@@ -13,6 +13,8 @@ from graphwright.backends.tvm.schedule import ScheduleLeftovers
 from graphwright.backends.tvm.translate import Translator
 from graphwright.errors import BackendError
 from graphwright.kernels.tir.isa import choose
+from graphwright.kernels.tir.linear import Linear, Schedule
+from graphwright.kernels.tir.quantized_linear import DEFAULT
 from graphwright.program import Program
 from graphwright.target import Target
 from graphwright.text import symbol_names
@@ -26,19 +28,20 @@ def forms(program: Program) -> tuple[str, ...]:
     return ("decode", "general") if program.contract.state else ("general",)
 
 
-def build(program: Program, target: Target, file: Path, progress: Progress) -> None:
-    """Compiles a program, whose weights are in tiles, into `file`.
+def build(
+    program: Program, target: Target, file: Path, progress: Progress, schedules: Mapping[Linear, Schedule] | None = None
+) -> None:
+    """Compiles a program, whose weights are in tiles, into `file`; layers without a schedule get the default one.
 
     Raises:
         BackendError: a node that cannot be translated, or no C compiler to link with.
     """
     progress("translate", 0.0)
-    module, kernels = translate(program, target, forms(program))
+    chosen = schedules or {}
+    module, kernels = translate(program, target, forms(program), lambda layer: chosen.get(layer, DEFAULT))
     machine = tvm_target(target)
     progress("compile with LLVM", 0.4)
-    # Kernels are built apart: the pass that shares memory between buffers would take their registers from the stack.
-    with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
-        library = tvm.tirx.build(kernels, target=machine)
+    library = build_kernels(kernels, target)
     module = module.with_attr("external_mods", [library])
     with machine, tvm.transform.PassContext(opt_level=3):
         compiled = relax.build(module, target=machine, relax_pipeline=tvm.transform.Sequential(pipeline()))
@@ -49,13 +52,25 @@ def build(program: Program, target: Target, file: Path, progress: Progress) -> N
         raise BackendError(f"The compiled kernels cannot be linked: {error}", fix="Install gcc or clang") from error
 
 
-def translate(program: Program, target: Target, names: Sequence[str]) -> tuple[tvm.IRModule, tvm.IRModule]:
+def build_kernels(kernels: tvm.IRModule, target: Target) -> tvm.runtime.Module:
+    """Machine code of kernels alone: the pass that shares memory between buffers would take registers from them."""
+    with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
+        return tvm.tirx.build(kernels, target=tvm_target(target))
+
+
+def translate(
+    program: Program,
+    target: Target,
+    names: Sequence[str],
+    schedules: Callable[[Linear], Schedule] = lambda _layer: DEFAULT,
+) -> tuple[tvm.IRModule, tvm.IRModule]:
     """A module with one Relax function per form, and one with the kernels that they call."""
     builder, kernels = relax.BlockBuilder(), relax.BlockBuilder()
     fusion, isa = plan_fusion(program), choose(target.features)
     symbols = symbol_names(program.graph, program.contract)
     for name in names:
-        Translator(program, fusion, isa, builder, kernels, fixed_symbols(symbols, name)).write(name)
+        fixed = fixed_symbols(symbols, name)
+        Translator(program, fusion, isa, builder, kernels, fixed, schedules).write(name)
     made = kernels.get()
     functions = {v: f.with_attr("global_symbol", v.name_hint) for v, f in made.functions.items()}
     return builder.get(), tvm.IRModule(functions)

@@ -1,7 +1,8 @@
 """Runs a compiled library with TVM's virtual machine: one call per forward, weights and state shared with torch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import tvm
@@ -10,6 +11,7 @@ from torch import Tensor
 from tvm import relax
 
 from graphwright.backends.tvm import threads
+from graphwright.backends.tvm.expert_store import FETCH, ExpertStore, open_store
 from graphwright.calling import Arguments
 from graphwright.contract import Contract
 from graphwright.errors import ArtifactError, BackendError
@@ -19,7 +21,30 @@ from graphwright.program import CACHE_LINE
 class TvmExecutable:
     """A loaded library with its weights; may be called again and again, from one thread at a time."""
 
-    def __init__(self, file: Path, forms: tuple[str, ...], contract: Contract, weights: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        file: Path,
+        forms: tuple[str, ...],
+        contract: Contract,
+        weights: Mapping[str, Tensor],
+        plan: Mapping[str, Any] | None = None,
+        mapped: bool = False,
+    ) -> None:
+        """Loads a library.
+
+        Args:
+            file: the library.
+            forms: its functions.
+            contract: of the program.
+            weights: by name, in order of use.
+            plan: which experts are fetched, or None.
+            mapped: whether weights are mapped from a file, so that experts can be left there.
+        """
+        weights = {name: _aligned(weight) for name, weight in weights.items()}
+        self.experts = open_store(plan, weights) if plan is not None and mapped else None
+        for layer in range(len(plan["layers"]) if plan is not None else 0):
+            # A virtual machine looks these functions up when it is made, so each has those of its own store.
+            tvm_ffi.register_global_func(f"{FETCH}.{layer}", _fetcher(self.experts, layer), override=True)
         try:
             library = tvm.runtime.load_module(str(file))
         except RuntimeError as error:
@@ -28,7 +53,7 @@ class TvmExecutable:
         self._forms = {form: machine[form] for form in forms}
         self._arguments = Arguments(contract)
         self._state = [spec.name for spec in contract.state]
-        self._weights = tvm_ffi.Array([tvm_ffi.from_dlpack(_aligned(weight)) for weight in weights.values()])
+        self._weights = tvm_ffi.Array([tvm_ffi.from_dlpack(weight) for weight in weights.values()])
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Runs the form that fits the shapes of the inputs; state is written in place.
@@ -48,6 +73,17 @@ class TvmExecutable:
         one = "decode" in self._forms and self._arguments.one_token(tensors)
         outputs = self._forms["decode" if one else "general"](*arguments, self._weights)
         return tuple(torch.from_dlpack(output) for output in outputs)
+
+
+def _fetcher(store: ExpertStore | None, layer: int) -> Callable[..., None]:
+    """What a library calls before the experts of a layer; nothing where all of them are in memory anyway."""
+
+    def fetch(indices: Any, guess: Any = None) -> None:
+        if store is not None:
+            likely = () if guess is None else torch.from_dlpack(guess).unique().tolist()
+            store.fetch(layer, torch.from_dlpack(indices).unique().tolist(), likely)
+
+    return fetch
 
 
 def _aligned(tensor: Tensor) -> Tensor:

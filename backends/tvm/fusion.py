@@ -2,10 +2,13 @@
 
 norm → rounding                        one kernel that puts out codes
 rope → cache update                    keys are rotated on their way into the cache
+rounding → updates of codes and scale  one kernel that rounds what it writes, rotated where it is a key
+dequantized cache → attention          codes become floats as they are read
 linear → add of a tensor of its shape  the residual is added as the linear layer stores
 linear → halves → gated activation     gate and up are multiplied as the linear layer stores
 """
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +16,14 @@ import torch
 from torch import fx
 
 from graphwright import ops
-from graphwright.backends.tvm.layout import tiled_float_linear, tiled_linear
+from graphwright.backends.tvm.layout import (
+    halves_obstacle,
+    tiled_float_linear,
+    tiled_linear,
+    tiled_sparse_linear,
+)
 from graphwright.kernels.tir.functions import ACTIVATIONS
-from graphwright.kernels.tir.tiles import ROWS, STEP
+from graphwright.kernels.tir.tiles import CHUNK, ROWS, STEP, fits
 from graphwright.program import Program
 
 aten = torch.ops.aten
@@ -32,31 +40,45 @@ class Fusion:
         linear: the linear layer that a node finishes, by that node.
         norm: the norm that a rounding takes its values from.
         rope: the rotation of what a cache update writes.
+        codes: the rounding, and the update of its scales, by the update of its codes.
+        held: dequantized caches that only attentions read.
     """
 
     inside: set[fx.Node] = field(default_factory=set)
     linear: dict[fx.Node, fx.Node] = field(default_factory=dict)
     norm: dict[fx.Node, fx.Node] = field(default_factory=dict)
     rope: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    codes: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
+    held: set[fx.Node] = field(default_factory=set)
 
 
 def integer_product(node: Any) -> bool:
     """Whether a node multiplies codes with codes: a tiled weight, and activations rounded to 8 bits at run time."""
-    if not isinstance(node, fx.Node) or node.target is not tiled_linear.target:
+    if not isinstance(node, fx.Node) or node.target not in (tiled_linear.target, tiled_sparse_linear.target):
         return False
     source = node.args[0]
     if not isinstance(source, fx.Node) or source.target is not ops.quantize_dequantize.target:
         return False
-    return codes_fit(source, str(node.args[5]), int(node.args[6]))
+    return multiplies_codes(source, node)
 
 
-def codes_fit(rounding: fx.Node, format: str, group_size: int) -> bool:
-    """Whether the kernels take these codes with such a weight: steps per token, or per part of its groups."""
-    shared = int(rounding.args[3])
+def multiplies_codes(rounding: fx.Node, layer: fx.Node) -> bool:
+    """Whether a kernel takes a rounding's codes to a layer: steps per token, or per part of the weight's groups."""
+    shared, width = int(rounding.args[3]), int(rounding.meta["val"].shape[-1])
     if rounding.args[1:3] != (None, "int8"):
         return False
-    width = int(rounding.meta["val"].shape[-1])
-    return shared == 0 or not (width % shared or group_size % shared or shared % STEP[format])
+    if layer.target in (ops.quantized_linear.target, tiled_linear.target):
+        format, group_size = str(layer.args[5]), int(layer.args[6])
+        span = STEP.get(format, 0)
+        fit = fits(format, group_size)
+    elif layer.target in (ops.sparse_linear.target, tiled_sparse_linear.target):
+        tiled = layer.target is tiled_sparse_linear.target
+        format, group_size = str(layer.args[5 if tiled else 7]), int(layer.args[6 if tiled else 8])
+        span = CHUNK
+        fit = bool(format) and (tiled or not halves_obstacle(layer))
+    else:
+        return False
+    return fit and (shared == 0 or not (width % shared or group_size % shared or shared % span))
 
 
 def plan_fusion(program: Program) -> Fusion:
@@ -70,14 +92,43 @@ def plan_fusion(program: Program) -> Fusion:
             if isinstance(norm, fx.Node) and norm.target in NORMS and len(norm.users) == 1:
                 found.norm[node] = norm
                 found.inside.add(norm)
+    for node in program.calls(ops.quantize_tokens.target):
+        parts = cached_parts(node)
+        if parts is not None:
+            codes, scale = parts
+            found.codes[codes] = (node, scale)
+            found.inside.update({node, *node.users, scale})
+    for node in program.calls(ops.dequantize_tokens.target):
+        if all(_reads_as_keys(user, node) for user in node.users):
+            found.held.add(node)
+            found.inside.add(node)
     for node in program.calls(ops.kv_cache_update.target):
-        new = node.args[1]
+        new = found.codes[node][0].args[0] if node in found.codes else node.args[1]
         if isinstance(new, fx.Node) and new.target is ops.rope.target and len(new.users) == 1:
             found.rope[node] = new
             found.inside.add(new)
-    for node in program.calls(tiled_linear.target, tiled_float_linear.target):
+    for node in program.calls(tiled_linear.target, tiled_float_linear.target, tiled_sparse_linear.target):
         _fuse_epilogue(node, found)
     return found
+
+
+def cached_parts(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The updates of codes and of scales that write a rounding to one place each; None if it has other readers."""
+    parts: dict[int, fx.Node] = {}
+    for item in node.users:
+        users = list(item.users)
+        if item.target is not operator.getitem or len(users) != 1 or users[0].target is not ops.kv_cache_update.target:
+            return None
+        parts[int(item.args[1])] = users[0]
+    if len(parts) != 2 or parts[0].args[2] is not parts[1].args[2]:
+        return None
+    return parts[0], parts[1]
+
+
+def _reads_as_keys(user: fx.Node, node: fx.Node) -> bool:
+    """Whether an attention reads a node as its keys or values, and nothing else."""
+    places = [i for i, argument in enumerate(user.args) if argument is node]
+    return user.target is ops.attention.target and bool(places) and set(places) <= {1, 2}
 
 
 def _fuse_epilogue(node: fx.Node, found: Fusion) -> None:

@@ -2,6 +2,7 @@
 
     quantized_linear(x, weight, …)  →  tiled_linear(x, tiles of weight, …)
     linear(x, weight, bias)         →  tiled_float_linear(x, tiles of weight, bias, …)
+    sparse_linear(x, values, …)     →  tiled_sparse_linear(x, tiles of values, …)
 
 The tiled ops have eager references like every op, so a program in this layout still runs anywhere.
 """
@@ -128,7 +129,7 @@ def _embedding_cost(
 def _embedding_samples(dtype: torch.dtype) -> Iterator[Sample]:
     for sample in ops.quantized_embedding.samples_of(dtype):
         indices, weight, scale, zero, format, group_size, *rest = sample.args
-        if group_size % tiles.STEP[format] == 0:
+        if tiles.fits(format, group_size):
             tiled = _tiled(weight, scale, zero, format, group_size)
             yield Sample((indices, *tiled, format, group_size, *rest), note=sample.note)
 
@@ -189,6 +190,86 @@ def _float_embedding_samples(dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample((torch.randint(0, 37, (2, 3)), weight, 37), note="37 by 12")
 
 
+@op
+def tiled_sparse_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    group_size: int,
+    out_features: int,
+    places: Tensor,
+) -> Tensor:
+    """`sparse_linear` of layout `2:4` with values and places in tiles; the first arguments are those of `tiled_linear`.
+
+    Args:
+        x: [..., K], floating point.
+        weight: float32 [N/16, K/2 * 16], or codes uint8 [N/16, bytes of a tile].
+        scale: [N/16, G, 16], or None for floats.
+        zero_point: uint8 [N/16, G, 16], or None.
+        bias: [N] or None.
+        format: `int8`, `int4`, or empty for floats.
+        group_size: columns of the dense weight that share a scale.
+        out_features: N.
+        places: int32 [N/16, K/32 * 16], see `graphwright.kernels.tir.tiles`.
+
+    Returns:
+        [..., N].
+    """
+    values = tiles.untile_halves(weight, format, group_size, out_features)
+    stored = tiles.untile_places(places, x.shape[-1] // 4, out_features)
+    scales = None if scale is None else tiles.untile_groups(scale, out_features)
+    zero = None if zero_point is None else tiles.untile_zero_points(zero_point, format, out_features)
+    rest = (scales, zero, bias, "2:4", format, group_size, out_features)
+    return ops.sparse_linear.reference(x, values, stored, *rest)
+
+
+@tiled_sparse_linear.fake
+def _sparse_fake(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    group_size: int,
+    out_features: int,
+    places: Tensor,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@tiled_sparse_linear.cost
+def _sparse_cost(x: TensorInfo, weight: TensorInfo, *_rest: object, **_more: object) -> Cost:
+    return Cost(flops=x.numel * weight.shape[0] * tiles.ROWS)
+
+
+@tiled_sparse_linear.samples
+def _sparse_samples(dtype: torch.dtype) -> Iterator[Sample]:
+    for sample in ops.sparse_linear.samples_of(dtype):
+        x, values, places, scale, zero, bias, layout, format, group_size, outputs = sample.args
+        if layout == "2:4" and tiles.halves_fit(format, group_size):
+            weight, scales, zeros, where = _halves(values, places, scale, zero, format, group_size, x.shape[-1])
+            yield Sample((x, weight, scales, zeros, bias, format, group_size, outputs, where), note=sample.note)
+
+
+def _halves(
+    values: Tensor,
+    places: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    format: str,
+    group_size: int,
+    width: int,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Values, scales, zero points and places in tiles."""
+    scales = None if scale is None else tiles.tile_groups(scale)
+    points = None if zero is None else tiles.tile_zero_points(zero, format)
+    return tiles.tile_halves(values, format, group_size), scales, points, tiles.tile_places(places, width // 4)
+
+
 def _tiled(
     weight: Tensor, scale: Tensor, zero: Tensor | None, format: str, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -209,6 +290,19 @@ def stored_float(node: fx.Node, argument: int) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.float32 and value.dim() == 2
 
 
+def halves_obstacle(node: fx.Node) -> str:
+    """Why a sparse linear layer's weight cannot be cut into tiles; empty if it can."""
+    zero, layout, format, group_size = node.args[4], *node.args[6:9]
+    if layout != "2:4":
+        return f"no kernel for sparse weights of layout {layout}, only for 2:4"
+    if not tiles.halves_fit(str(format), int(group_size)):
+        return f"no tiles for 2:4 weights of {format} in groups of {group_size}"
+    floats = not format and node.args[1].meta["val"].dtype != torch.float32
+    if floats or (isinstance(zero, fx.Node) and zero.meta["val"].is_floating_point()):
+        return "its values are no float32 and no codes with whole zero points"
+    return ""
+
+
 def tile_weights(program: Program) -> Program:
     """The program with every weight that fits in tiles; a weight that two nodes read stays one."""
     made: dict[str, str] = {}
@@ -227,6 +321,7 @@ def tile_weights(program: Program) -> Program:
             editor.replace(node, new)
             editor.retire(node)
         _tile_floats(editor, made)
+        _tile_halves(editor)
         tile_experts(editor)
     return program
 
@@ -251,6 +346,32 @@ def _tile_floats(editor: Editor, made: dict[str, str]) -> None:
             bias = node.args[2] if len(node.args) > 2 else None
             new = editor.call(tiled_float_linear, node.args[0], weight, bias, rows, before=node)
         editor.replace(node, new)
+        editor.retire(node)
+
+
+def _tile_halves(editor: Editor) -> None:
+    """Cuts 2:4 weights; each belongs to one call."""
+    for node in editor.program.calls(ops.sparse_linear.target):
+        if halves_obstacle(node):
+            continue
+        x, values, places, scale, zero, bias, _, format, group_size, outputs = node.args
+        read = editor.program.weight
+        parts = _halves(
+            read(values),
+            read(places),
+            None if scale is None else read(scale),
+            None if zero is None else read(zero),
+            str(format),
+            int(group_size),
+            int(x.meta["val"].shape[-1]),
+        )
+        name = str(node.args[1].target)
+        made = [
+            None if part is None else editor.weight(f"{name}_{key}", part, before=node)
+            for key, part in zip(("tiles", "scale_tiles", "zero_tiles", "places_tiles"), parts, strict=True)
+        ]
+        rest = (*made[:3], bias, format, group_size, outputs, made[3])
+        editor.replace(node, editor.call(tiled_sparse_linear, x, *rest, before=node))
         editor.retire(node)
 
 

@@ -6,8 +6,8 @@ from torch import Tensor, fx
 from graphwright import ops
 from graphwright.backend import Support
 from graphwright.backends.tvm import expert_layout
-from graphwright.backends.tvm.fusion import codes_fit
-from graphwright.backends.tvm.layout import fractional, stored_float, tiled_linear
+from graphwright.backends.tvm.fusion import cached_parts, multiplies_codes
+from graphwright.backends.tvm.layout import fractional, halves_obstacle, stored_float
 from graphwright.backends.tvm.leftovers import converter_name, refusal
 from graphwright.backends.tvm.translate import KERNELS, VIEWS, constant_place
 from graphwright.backends.tvm.values import arguments
@@ -35,12 +35,18 @@ def _obstacle(node: fx.Node) -> str:
         return _quantized_obstacle(node)
     if node.target in (ops.experts.target, ops.quantized_experts.target):
         return expert_layout.obstacle(node)
+    if node.target is ops.sparse_linear.target:
+        return halves_obstacle(node)
     if node.target is aten.linear.default:
         return "" if stored_float(node, 1) else "its weight is not a stored float32 matrix"
     if node.target is ops.attention.target:
         return "the attention kernels take no bias" if arguments(node)["bias"] is not None else ""
     if node.target is ops.quantize_dequantize.target:
         return "" if _only_codes(node) else "only 8-bit codes per token, or per part of a weight's group, have kernels"
+    if node.target is ops.quantize_tokens.target:
+        return _rounding_obstacle(node)
+    if node.target is ops.dequantize_tokens.target:
+        return _format_obstacle(str(node.args[2]))
     if node.target is aten.layer_norm.default:
         return "" if len(arguments(node)["normalized_shape"]) == 1 else "it normalises more than the last dimension"
     if node.target is aten.index.Tensor:
@@ -61,12 +67,16 @@ def _quantized_obstacle(node: fx.Node) -> str:
     return ""
 
 
+def _rounding_obstacle(node: fx.Node) -> str:
+    if cached_parts(node) is None:
+        return "what it rounds is not written to a cache of codes and a cache of scales"
+    return _format_obstacle(str(node.args[1]))
+
+
+def _format_obstacle(format: str) -> str:
+    return "" if format == "int8" else f"caches in {format} have no kernel, only int8"
+
+
 def _only_codes(node: fx.Node) -> bool:
     """Whether every reader of a rounding is a quantized linear layer whose kernel takes its codes."""
-    layers = (ops.quantized_linear.target, tiled_linear.target)
-    return all(
-        user.target in layers
-        and fits(str(user.args[5]), int(user.args[6]))
-        and codes_fit(node, str(user.args[5]), int(user.args[6]))
-        for user in node.users
-    )
+    return all(multiplies_codes(node, user) for user in node.users)

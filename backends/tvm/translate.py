@@ -16,12 +16,14 @@ from tvm import relax, tirx
 
 from graphwright import ops
 from graphwright.backends.tvm.expert_layout import tiled_experts, up_rows
+from graphwright.backends.tvm.expert_store import FETCH
 from graphwright.backends.tvm.fusion import NORMS, Fusion, integer_product
 from graphwright.backends.tvm.layout import (
     tiled_embedding,
     tiled_float_embedding,
     tiled_float_linear,
     tiled_linear,
+    tiled_sparse_linear,
 )
 from graphwright.backends.tvm.leftovers import Leftovers
 from graphwright.backends.tvm.values import (
@@ -42,18 +44,28 @@ from graphwright.kernels.tir import rope as rope_kernels
 from graphwright.kernels.tir.copy import copy
 from graphwright.kernels.tir.embedding import embedding
 from graphwright.kernels.tir.emit import Layout
-from graphwright.kernels.tir.experts import Routing, combine, expert_linear, route, sort_choices
+from graphwright.kernels.tir.experts import (
+    Limit,
+    Routing,
+    choose_tokens,
+    combine,
+    expert_linear,
+    limit_choices,
+    route,
+    sort_choices,
+)
 from graphwright.kernels.tir.float_linear import matrix as float_matrix
 from graphwright.kernels.tir.float_linear import vector as float_vector
 from graphwright.kernels.tir.gated_activation import gated_activation
 from graphwright.kernels.tir.isa import Isa
-from graphwright.kernels.tir.linear import Linear
+from graphwright.kernels.tir.linear import Linear, Schedule
 from graphwright.kernels.tir.normalize import Norm, normalize
-from graphwright.kernels.tir.quantize import CodeRow, quantize
-from graphwright.kernels.tir.quantized_linear import code_row
+from graphwright.kernels.tir.quantize import CodeRow, dequantize_tokens, quantize
+from graphwright.kernels.tir.quantized_linear import DEFAULT, code_row
 from graphwright.kernels.tir.quantized_linear import matrix as integer_matrix
 from graphwright.kernels.tir.quantized_linear import vector as integer_vector
 from graphwright.kernels.tir.tiles import ROWS
+from graphwright.ops.expert_capacity import ratio
 from graphwright.program import Program
 from graphwright.rewrite import describe
 
@@ -73,6 +85,7 @@ class Translator:
         builder: of the module with Relax functions.
         kernels: of the module with kernels, which Relax calls by name.
         fixed: sizes of symbols that are constants in this function.
+        schedules: how the kernels of integer layers go about their work.
     """
 
     def __init__(
@@ -83,8 +96,10 @@ class Translator:
         builder: relax.BlockBuilder,
         kernels: relax.BlockBuilder,
         fixed: Mapping[str, int],
+        schedules: Callable[[Linear], Schedule] = lambda _layer: DEFAULT,
     ) -> None:
         self.program, self.fusion, self.isa, self.fixed = program, fusion, isa, fixed
+        self.schedules = schedules
         self.builder, self.kernels = builder, kernels
         self.sizes = Sizes()
         self.values: dict[fx.Node, Any] = {}
@@ -269,10 +284,14 @@ class Translator:
         if integer_product(node):
             layer = replace(layer, code_group=int(node.args[0].args[3]))
             first = self._codes(node.args[0], code_row(layer))
-            build = partial(integer_vector if one else integer_matrix, layer, self.isa)
+            build = partial(integer_vector, layer, self.isa)
+            if not one:
+                build = partial(integer_matrix, layer, self.isa, schedule=self.schedules(layer))
         else:
             first = self.dense(node.args[0])
-            build = partial(float_vector if one else float_matrix, layer, self.isa.lanes)
+            build = partial(float_matrix, layer, self.isa.lanes)
+            if one:
+                build = partial(float_vector, layer, self.isa.lanes, pick=self.isa.pick_floats)
         inputs = [first, *stored]
         if bias is not None:
             inputs.append(self.view(bias, "float32").variable)
@@ -288,10 +307,11 @@ class Translator:
             _, weight, bias, outputs = node.args
             layer, stored = Linear(int(outputs), width, "float32", width), [weight]
         else:
-            _, weight, scale, zero, bias, format, group_size, outputs = node.args
-            scale_dtype = dtype_of(scale.meta["val"])
-            layer = Linear(int(outputs), width, str(format), int(group_size), zero is not None, scale_dtype)
-            stored = [part for part in (weight, scale, zero) if part is not None]
+            _, weight, scale, zero, bias, format, group_size, outputs, *places = node.args
+            scale_dtype = "" if scale is None else dtype_of(scale.meta["val"])
+            shape = (int(outputs), width, str(format) or "float32", int(group_size) or width)
+            layer = Linear(*shape, zero is not None, scale_dtype, halved=bool(places))
+            stored = [part for part in (weight, *places, scale, zero) if part is not None]
         gated = finish is not None and finish.target is ops.gated_activation.target
         layer = replace(
             layer,
@@ -489,8 +509,24 @@ def _update(t: Translator, node: fx.Node) -> None:
     cache_node, new, slots_node = node.args
     rope = t.fusion.rope.get(node)
     rotation, positions, table = _table(t, rope) if rope else (rope_kernels.Rotation(), None, [])
-    source, cache = t.rows(rope.args[0] if rope else new), t.view(cache_node, "float32")
+    rounding, scale_update = t.fusion.codes.get(node, (None, None))
+    source = t.rows(rope.args[0] if rope else rounding.args[0] if rounding else new)
     slots = t.view(slots_node, "int64")
+    if scale_update is not None:
+        codes, scale = t.view(cache_node, "int8"), t.view(scale_update.args[0], "float32")
+        t.update(
+            lambda s: rope_kernels.update_codes(
+                rotation,
+                s.layout(source.layout),
+                s.layout(codes.layout),
+                s.layout(scale.layout),
+                s.layout(slots.layout),
+                s.layout(positions) if positions else None,
+            ),
+            [source.variable, slots.variable, *table, codes.variable, scale.variable],
+        )
+        return
+    cache = t.view(cache_node, "float32")
 
     def build(s: Sizes) -> tirx.PrimFunc:
         return rope_kernels.update_cache(
@@ -505,14 +541,33 @@ def _update(t: Translator, node: fx.Node) -> None:
     t.update(build, [source.variable, slots.variable, *table, cache.variable])
 
 
-ATTENTION_OPTIONS = ("scale", "causal", "window", "chunk", "prefix", "softcap")
+def _held(t: Translator, node: fx.Node) -> tuple[View, View | None]:
+    """Keys or values, and the scales of those that are codes."""
+    if node not in t.fusion.held:
+        return t.rows(node), None
+    return t.view(node.args[0], "int8"), t.view(node.args[1], "float32")
+
+
+def _dequantize(t: Translator, node: fx.Node) -> View:
+    codes, scale = t.view(node.args[0], "int8"), t.view(node.args[1], "float32")
+    shape = codes.layout.shape
+    made = t.kernel(
+        lambda s: dequantize_tokens(s.layout(codes.layout), s.layout(scale.layout)),
+        [codes.variable, scale.variable],
+        [(shape, "float32")],
+    )
+    return t.view_of(made[0], shape)
+
+
+ATTENTION_OPTIONS = ("scale", "causal", "window", "chunk", "prefix", "softcap", "anchors", "block")
 
 
 def _attention(t: Translator, node: fx.Node) -> View:
     values = arguments(node)
     if values["bias"] is not None:
         raise BackendError("The TVM attention kernels take no bias", where=describe(node), fix="Use backend='inductor'")
-    query, key, value = (t.rows(values[name]) for name in ("query", "key", "value"))
+    query = t.rows(values["query"])
+    (key, key_scale), (value, value_scale) = (_held(t, values[name]) for name in ("key", "value"))
     places = [t.view(values[n], "int64") if values[n] else None for n in ("query_positions", "key_positions")]
     batch, heads, length, head_dim = query.layout.shape
     kv_heads, value_dim = key.layout.shape[1], value.layout.shape[3]
@@ -528,10 +583,10 @@ def _attention(t: Translator, node: fx.Node) -> View:
     )
 
     def operands(s: Sizes) -> attention_kernels.Operands:
-        layouts = (place and s.layout(place.layout) for place in places)
-        return attention_kernels.Operands(*(s.layout(v.layout) for v in (query, key, value)), *layouts)
+        optional = (v and s.layout(v.layout) for v in (*places, key_scale, value_scale))
+        return attention_kernels.Operands(*(s.layout(v.layout) for v in (query, key, value)), *optional)
 
-    inputs = [v.variable for v in (query, key, value, *places) if v is not None]
+    inputs = [v.variable for v in (query, key, value, key_scale, value_scale, *places) if v is not None]
     inputs += [t.view(part, "float32").variable for part in (slopes, sinks) if part is not None]
     shape = (batch, length, heads, value_dim)
     outputs: list[tuple[Sequence[Any], str]] = [(shape, "float32")]
@@ -548,12 +603,53 @@ def _routing(t: Translator, node: fx.Node) -> list[View]:
     given = arguments(node)
     logits, bias = given["logits"], given["correction_bias"]
     *_, rows, count = shape_of(logits.meta["val"], t.fixed)
-    names = ("top_k", "scoring", "normalize", "scaling", "num_groups", "top_groups")
-    described = Routing(int(count), corrected=bias is not None, **{name: given[name] for name in names})
+    chosen = ("top_k", "scoring", "normalize", "scaling", "num_groups", "top_groups")
+    names = (*chosen, "skip_ratio", "num_shared", "first_shared")
+    stored, shared = given["expert_of"], given["shared_weight"]
+    described = Routing(
+        int(count), corrected=bias is not None, mapped=stored is not None, shared_weighted=shared is not None,
+        **{name: given[name] for name in names},
+    )  # fmt: skip
     inputs = [t.dense(logits), *([] if bias is None else [t.view(bias, "float32").variable])]
-    shape = (rows, described.top_k)
+    inputs += [] if stored is None else [t.view(stored, "int64").variable]
+    inputs += [] if shared is None else [t.dense(shared)]
+    shape = (rows, described.choices)
     made = t.kernel(lambda s: route(described, s.dim(rows)), inputs, [(shape, "float32"), (shape, "int64")])
     return [t.view_of(made[0], shape), t.view_of(made[1], shape, "int64")]
+
+
+def _capacity(t: Translator, node: fx.Node) -> list[View]:
+    given = arguments(node)
+    count, sources = int(given["num_experts"]), [given["weights"], given["indices"]]
+    shape = shape_of(sources[0].meta["val"], t.fixed)
+    limit = Limit(count, given["capacity"], ratio(given["factor"]), given["round_up"])
+    made = t.kernel(
+        lambda s: limit_choices([s.dim(size) for size in shape], limit),
+        [t.dense(part) for part in sources],
+        [(shape, "float32"), (shape, "int64"), ((count,), "int64")],
+    )
+    return [t.view_of(made[0], shape), t.view_of(made[1], shape, "int64"), t.view_of(made[2], (count,), "int64")]
+
+
+def _expert_choice(t: Translator, node: fx.Node) -> list[View]:
+    given = arguments(node)
+    shape = shape_of(given["logits"].meta["val"], t.fixed)
+    limit = Limit(int(shape[-1]), given["capacity"], ratio(given["factor"]), given["round_up"])
+    made = t.kernel(
+        lambda s: choose_tokens([s.dim(size) for size in shape], limit),
+        [t.dense(given["logits"])],
+        [(shape, "float32"), (shape, "int64"), (shape, "float32")],
+    )
+    return [t.view_of(made[0], shape), t.view_of(made[1], shape, "int64")]
+
+
+def _fetch(t: Translator, node: fx.Node) -> View:
+    """Calls the store of experts, and passes the indices on."""
+    given = arguments(node)
+    inputs = [t.dense(given[name]) for name in ("indices", "guess") if given[name] is not None]
+    name = relax.ExternFunc(f"{FETCH}.{given['layer']}")
+    t.builder.emit(relax.Call(name, inputs, ty_args=[relax.TupleType([])]))
+    return t.view(given["indices"])
 
 
 def _experts(t: Translator, node: fx.Node) -> View:
@@ -585,7 +681,7 @@ def _experts(t: Translator, node: fx.Node) -> View:
     outer = product(middle, choices, up[0].width, down, 0)
     made = t.kernel(
         lambda s: combine(s.dim(tokens), s.dim(choices), top_k, outputs),
-        [outer, t.dense(given["weights"])],
+        [outer, t.dense(given["weights"]), t.dense(given["indices"])],
         [((tokens, outputs), "float32")],
     )
     return t.view_of(made[0], (tokens, outputs))
@@ -606,10 +702,15 @@ def _expert_weights(
 KERNELS: Mapping[Any, Callable[[Translator, fx.Node], Any]] = {
     tiled_linear.target: _linear,
     tiled_float_linear.target: _linear,
+    tiled_sparse_linear.target: _linear,
     tiled_embedding.target: _embedding,
     tiled_float_embedding.target: _float_embedding,
     tiled_experts.target: _experts,
     ops.attention.target: _attention,
+    ops.dequantize_tokens.target: _dequantize,
+    ops.expert_capacity.target: _capacity,
+    ops.expert_choice.target: _expert_choice,
+    ops.fetch_experts.target: _fetch,
     ops.gated_activation.target: _gated,
     ops.kv_cache_update.target: _update,
     ops.moe_routing.target: _routing,

@@ -19,11 +19,14 @@ from torch import Tensor
 
 from graphwright.contract import Contract
 from graphwright.engine.continuation import Row
+from graphwright.engine.medusa import MedusaHeads
 from graphwright.engine.prompts import check_request, read_prompts
 from graphwright.engine.sampling import Sampling, choose, distribution, draw, seen_tokens
 from graphwright.engine.speculative import Drafter, ModelDrafter, PromptLookup, accept
 from graphwright.engine.tokenizer import Tokenizer
+from graphwright.engine.tree import Tree, best_path, likely_tree
 from graphwright.errors import GenerationError, nearest
+from graphwright.feeding import block_tables, pool_sizes
 from graphwright.program import Metadata
 
 Run = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
@@ -32,7 +35,7 @@ Run = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 PROMPT_LOOKUP = "prompt-lookup"
 """The draft that guesses from the text itself."""
 
-STEP_ROLES = frozenset({"token", "position", "key_position", "logit_index"})
+STEP_ROLES = frozenset({"token", "position", "key_position", "logit_index", "block_table", "slot", "tree_mask"})
 
 
 @dataclass
@@ -84,7 +87,8 @@ class Generator:
             prompts: a text, texts, tokens, lists of tokens, or an int64 tensor [B, S]; with `chat` conversations too.
             **options: the fields of `Options`: max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0,
                 repetition_penalty=1.0, seed=0, stop=(), eos_token_ids=None, chat=False, attention_mask=None,
-                draft=None, draft_tokens=5. A draft is `prompt-lookup`, or a compiled program whose guesses are checked.
+                draft=None, draft_tokens=5. A draft is `prompt-lookup`, a compiled program whose guesses are checked, or
+                Medusa heads, whose `draft_tokens` guesses form a tree.
 
         Raises:
             GenerationError: the request cannot be served; nothing has been run.
@@ -132,11 +136,34 @@ class Generator:
         eos = frozenset(self.metadata.eos_token_ids if options.eos_token_ids is None else options.eos_token_ids)
         incremental = self.tokenizer is not None and (stream or bool(stop))
         outcomes = [Row(options.max_new_tokens, eos, self.tokenizer, stop if incremental else None) for _ in rows]
-        parts = _Steps(self.run, self.contract, rows, options.max_new_tokens), rows, outcomes
+        # A tree has more guesses than can hold, and each lies in a slot of its own.
+        spare = options.draft_tokens if isinstance(options.draft, MedusaHeads) else 0
+        parts = _Steps(self.run, self.contract, rows, options.max_new_tokens, spare), rows, outcomes
         if options.draft is None:
             return _Decoding(*parts, options)
+        if isinstance(options.draft, MedusaHeads):
+            self._check_heads(rows, options)
+            return _Guessing(*parts, options)
         generator = options.sampling.generator()
         return _Speculating(*parts, options, self._drafter(rows, options, generator), generator)
+
+    def _check_heads(self, rows: list[list[int]], options: "Options") -> None:
+        """Refuses what a tree of guesses cannot serve.
+
+        Raises:
+            GenerationError: the program takes no tree or has other hidden states, or tokens are to be drawn.
+        """
+        _require_one(rows, options, self.contract)
+        if self.contract.input("tree_mask") is None or "hidden" not in self.contract.outputs:
+            raise GenerationError(
+                "Medusa heads need a program that verifies trees of guesses",
+                fix="Compile it with a recipe that has tree_verification",
+            )
+        if options.temperature or options.repetition_penalty != 1.0:
+            raise GenerationError(
+                "A tree of guesses is checked against the one most likely token, and tokens are to be chosen otherwise",
+                fix="Leave out temperature and repetition_penalty, or the draft",
+            )
 
     def _drafter(self, rows: list[list[int]], options: "Options", generator: torch.Generator) -> Drafter:
         """Whoever guesses for this request.
@@ -144,14 +171,7 @@ class Generator:
         Raises:
             GenerationError: the request or the draft does not allow it.
         """
-        if options.draft_tokens < 1:
-            raise GenerationError(f"draft_tokens is {options.draft_tokens}", fix="It must be 1 or more")
-        if len(rows) != 1:
-            raise GenerationError(
-                f"There are {len(rows)} prompts, and guesses are checked for one at a time",
-                fix="Call generate once for each prompt, or without a draft",
-            )
-        _require_whole_caches(self.contract, "The program")
+        _require_one(rows, options, self.contract)
         if isinstance(options.draft, str):
             if options.draft != PROMPT_LOOKUP:
                 raise GenerationError(
@@ -219,7 +239,7 @@ def _require_caches(contract: Contract, metadata: Metadata) -> None:
             f"{metadata.name} is not a causal language model, so it cannot continue a prompt",
             fix="Call the program with its inputs instead",
         )
-    if not contract.state or any(contract.input(role) is None for role in ("token", "position", "key_position")):
+    if not contract.state or any(contract.input(role) is None for role in ("token", "position")):
         raise GenerationError(
             f"{metadata.name} was compiled without caches, so every new token would recompute the whole text",
             fix="Compile it with a recipe that has static_cache, such as fp32 or int8",
@@ -232,13 +252,24 @@ def _require_caches(contract: Contract, metadata: Metadata) -> None:
         )
 
 
+def _require_one(rows: list[list[int]], options: Options, contract: Contract) -> None:
+    if options.draft_tokens < 1:
+        raise GenerationError(f"draft_tokens is {options.draft_tokens}", fix="It must be 1 or more")
+    if len(rows) != 1:
+        raise GenerationError(
+            f"There are {len(rows)} prompts, and guesses are checked for one at a time",
+            fix="Call generate once for each prompt, or without a draft",
+        )
+    _require_whole_caches(contract, "The program")
+
+
 def _require_whole_caches(contract: Contract, whose: str) -> None:
-    rings = [spec.name for spec in contract.state if "capacity" not in spec.shape]
+    rings = [spec.name for spec in contract.state if not {"capacity", "blocks"}.intersection(spec.shape)]
     if rings:
         raise GenerationError(
             f"{whose} keeps {rings[0]} as a ring of the last tokens, and guesses that fall would have pushed out some "
             "that are needed",
-            fix="Generate without a draft: this model's attention has a sliding window",
+            fix="Generate without a draft, or without sliding windows and caches of a fixed size",
         )
 
 
@@ -248,16 +279,29 @@ class _Steps:
     Everything that a step needs is allocated once; a step changes it in place.
     """
 
-    def __init__(self, run: Run, contract: Contract, prompts: list[list[int]], new_tokens: int) -> None:
+    def __init__(self, run: Run, contract: Contract, prompts: list[list[int]], new_tokens: int, spare: int = 0) -> None:
         self._run = run
         names = {spec.role: spec.name for spec in contract.inputs}
-        self._token, self._position, self._keys = names["token"], names["position"], names["key_position"]
-        self._index = names.get("logit_index")
+        self._token, self._position = names["token"], names["position"]
+        self._keys, self._index = names.get("key_position"), names.get("logit_index")
+        self._slots, self._mask = names.get("slot"), names.get("tree_mask")
+        self._caches = [
+            (spec.name, spec.shape.index("capacity")) for spec in contract.state if "capacity" in spec.shape
+        ]
+        self.hidden = torch.zeros(0)
+        """What the head read for the last token [1, d], where the program shows it."""
+        rows = contract.input("token")
+        chunk = rows.shape[1] if rows else "sequence"
+        self._chunk = chunk if isinstance(chunk, int) else contract.dim(chunk).max
         self._lengths = [len(prompt) for prompt in prompts]
-        needed = max(self._lengths) + new_tokens
+        needed = max(self._lengths) + new_tokens + spare
         # The last slot of a cache is scratch. Caches lie where the program runs; tokens and logits travel.
         device = getattr(run, "device", "cpu")
-        self._tensors = contract.allocate({"batch": len(prompts), "capacity": needed + 1}, device)
+        sizes = {"batch": len(prompts), "capacity": needed + 1, **pool_sizes(contract, len(prompts), needed)}
+        self._tensors = contract.allocate(sizes, device)
+        table = contract.input("block_table")
+        if table is not None:
+            self._tensors[table.name] = block_tables(table, len(prompts), needed)
         self._steps = torch.arange(needed)
         self._live = max(self._lengths)
         self._advance = torch.ones(len(prompts), 1, dtype=torch.int64)
@@ -268,17 +312,36 @@ class _Steps:
         tokens = torch.zeros(len(prompts), self._live, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = torch.tensor(prompt)
-        lengths = torch.tensor(self._lengths)[:, None]
-        steps = self._steps[: self._live]
-        last = lengths - 1
-        chunk = {self._token: tokens, self._position: torch.where(steps < lengths, steps, -1), self._keys: steps}
-        if self._index:
-            chunk[self._index] = last
-        logits = self._run({**self._tensors, **chunk})[0]
+        last = torch.tensor(self._lengths)[:, None] - 1
+        # A text may be longer than what a program takes at once, if its caches forget.
+        starts = range(0, self._live, self._chunk)
+        parts = [self._prefill_chunk(tokens, start, min(start + self._chunk, self._live), last) for start in starts]
         self._prepare_steps(last)
+        rows = torch.arange(len(prompts))
+        logits, *others = (torch.stack(part)[last[:, 0] // self._chunk, rows] for part in zip(*parts, strict=True))
+        if others:
+            self.hidden = others[0]
+        return logits
+
+    def _prefill_chunk(self, tokens: Tensor, start: int, end: int, last: Tensor) -> list[Tensor]:
+        """Runs over columns start … end - 1; each output [B, …] for rows that end there, and any for the others."""
+        steps = self._steps[start:end]
+        place = (last - start).clamp(0, end - start - 1)
+        chunk = {self._token: tokens[:, start:end], self._position: torch.where(steps <= last, steps, -1)}
+        if self._keys:
+            chunk[self._keys] = self._steps[:end]
         if self._index:
-            return logits[:, 0]
-        return logits[torch.arange(len(prompts)), last[:, 0]]
+            chunk[self._index] = place
+        outputs = self._run({**self._tensors, **self._without_guesses(chunk)})[:2]
+        chosen = torch.zeros_like(place[:, 0]) if self._index else place[:, 0]
+        return [output[torch.arange(len(tokens)), chosen] for output in outputs]
+
+    def _without_guesses(self, chunk: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs with those that a program for trees of guesses takes besides."""
+        if self._slots and self._mask and self._keys:
+            chunk[self._slots] = chunk[self._position]
+            chunk[self._mask] = torch.zeros(chunk[self._position].shape[1], len(chunk[str(self._keys)]))
+        return chunk
 
     def _prepare_steps(self, last: Tensor) -> None:
         self._tensors[self._token] = torch.zeros_like(last)
@@ -293,8 +356,9 @@ class _Steps:
         self._live += 1
         tensors[self._token].copy_(tokens[:, None])
         tensors[self._position].add_(self._advance)
-        tensors[self._keys] = self._steps[: self._live]
-        return self._run(tensors)[0][:, -1]
+        if self._keys:
+            tensors[self._keys] = self._steps[: self._live]
+        return self._run(self._without_guesses(tensors))[0][:, -1]
 
     @torch.no_grad()
     def extend(self, start: int, tokens: list[int]) -> Tensor:
@@ -304,10 +368,35 @@ class _Steps:
         """
         end = start + len(tokens)
         chunk = {self._token: torch.tensor([tokens]), self._position: self._steps[start:end][None]}
-        chunk[self._keys] = self._steps[:end]
+        if self._keys:
+            chunk[self._keys] = self._steps[:end]
         if self._index:
             chunk[self._index] = self._steps[None, : len(tokens)]
-        return self._run({**self._tensors, **chunk})[0][0]
+        return self._run({**self._tensors, **self._without_guesses(chunk)})[0][0]
+
+    @torch.no_grad()
+    def verify(self, start: int, tree: Tree) -> tuple[Tensor, Tensor]:
+        """Runs over a tree of guesses whose node 0 has the place `start`; logits [n, V] and hidden states [n, d]."""
+        places = start + tree.depths
+        slots = start + torch.arange(len(tree))
+        chunk = {
+            self._token: torch.tensor([tree.tokens]),
+            self._position: places[None],
+            str(self._keys): torch.cat([self._steps[:start], places]),
+            str(self._slots): slots[None],
+            str(self._mask): tree.mask(start),
+        }
+        if self._index:
+            chunk[self._index] = torch.arange(len(tree))[None]
+        logits, hidden = self._run({**self._tensors, **chunk})[:2]
+        return logits[0], hidden[0]
+
+    def keep(self, start: int, path: list[int]) -> None:
+        """Puts what the caches hold of the nodes of a path where tokens that are certain lie."""
+        old = start + torch.tensor(path)
+        for name, axis in self._caches:
+            cache = self._tensors[name]
+            cache.narrow(axis, start, len(path)).copy_(cache.index_select(axis, old.to(cache.device)))
 
     def end(self, row: int) -> None:
         """From now on the tokens of this row count as padding."""
@@ -408,6 +497,48 @@ class _Speculating(_Decoding):
         self.timing.drafted_tokens += len(draft.tokens)
         self.timing.accepted_tokens += len(tokens) - 1
         return tokens
+
+
+class _Guessing(_Decoding):
+    """A generation in which further heads guess a tree of tokens behind each one; each iteration still adds one."""
+
+    def __init__(self, steps: _Steps, prompts: list[list[int]], rows: list[Row], options: Options) -> None:
+        super().__init__(steps, prompts, rows, options)
+        self._heads: MedusaHeads = options.draft
+        self._options = options
+
+    def __iter__(self) -> Iterator[None]:
+        """Prefill, then trees until the row has ended."""
+        ((row,), (prompt,)) = self.rows, self._prompts
+        started = time.perf_counter()
+        first = self._steps.prefill(self._prompts).argmax(-1)
+        hidden, text = self._steps.hidden, [*prompt, int(first)]
+        self.timing.prefill_seconds = time.perf_counter() - started
+        active = self._take(first, [0])
+        yield
+        while active:
+            started = time.perf_counter()
+            tokens, hidden = self._next(text, hidden, self._options.max_new_tokens - len(row.tokens))
+            self.timing.decode_seconds += time.perf_counter() - started
+            for token in tokens:
+                active = self._take(torch.tensor([token]), active)
+                self.timing.tokens_per_second = (self.timing.new_tokens - 1) / self.timing.decode_seconds
+                yield
+                if not active:
+                    return
+            text += tokens
+
+    def _next(self, text: list[int], hidden: Tensor, room: int) -> tuple[list[int], Tensor]:
+        """At most `room` tokens, and what the head read for the last but one of them, whose guess they are behind."""
+        start = len(text) - 1
+        guesses = self._heads(hidden)[: room - 1, 0].log_softmax(-1)
+        tree = likely_tree(text[-1], guesses, self._options.draft_tokens if room > 1 else 0)
+        logits, states = self._steps.verify(start, tree)
+        path, following = best_path(tree, logits.argmax(-1).tolist())
+        self._steps.keep(start, path)
+        self.timing.drafted_tokens += len(tree) - 1
+        self.timing.accepted_tokens += len(path) - 1
+        return [*(tree.tokens[node] for node in path[1:]), following], states[path[-1]][None]
 
 
 __all__ = ["GenerationResult", "Generator", "Options", "Run", "Timing"]

@@ -5,14 +5,21 @@ their positions, so padding, ragged batches and caches with arbitrary slot order
 
     visible(q, k) = k >= 0                                  a key at position -1 is padding or an empty slot
                 and (k <= q or k < prefix)        if causal
-                and |q - k| < window               if window     (causal: the last `window` keys, self included)
+                and (near(q, k) or q < anchors or k < anchors)
+    near(q, k)    = |q - k| < window               if window     (causal: the last `window` keys, self included)
                 and q // chunk == k // chunk       if chunk
+
+With `block` the distance of the window is one between blocks: |q // block - k // block| * block < window. So window and
+anchors are the sinks and the window of StreamingLLM (Xiao et al. 2024, arXiv:2309.17453), or the local and global
+attention of Longformer (Beltagy et al. 2020, arXiv:2004.05150) and, with blocks, of Big Bird (Zaheer et al. 2020,
+arXiv:2007.14062).
 
 A query that sees no key yields zeros; a bias of -inf hides a key as well.
 """
 
 from collections.abc import Iterator
 
+import sympy
 import torch
 from torch import Tensor
 
@@ -27,6 +34,8 @@ def visible_keys(
     window: int,
     chunk: int,
     prefix: int,
+    anchors: int = 0,
+    block: int = 0,
 ) -> Tensor:
     """Bool [B|1, S, T] from positions [B|1, S] and [B|1, T]: which key each query may see."""
     query = query_positions[:, :, None]
@@ -35,11 +44,17 @@ def visible_keys(
     if causal:
         before = key <= query
         visible = visible & (before | (key < prefix) if prefix else before)
+    if not window and not chunk:
+        return visible
+    near = torch.ones((), dtype=torch.bool, device=visible.device)
     if window:
-        visible = visible & ((query - key).abs() < window)
+        distance = (query // block - key // block).abs() * block if block else (query - key).abs()
+        near = near & (distance < window)
     if chunk:
-        visible = visible & (query // chunk == key // chunk)
-    return visible
+        near = near & (query // chunk == key // chunk)
+    if anchors:
+        near = near | (key < anchors) | (query < anchors)
+    return visible & near
 
 
 def default_positions(positions: Tensor | None, like: Tensor) -> Tensor:
@@ -65,6 +80,8 @@ def attention(
     chunk: int = 0,
     prefix: int = 0,
     softcap: float = 0.0,
+    anchors: int = 0,
+    block: int = 0,
 ) -> Tensor:
     """Attention of `query` over `key` and `value`; scores and softmax in float32.
 
@@ -83,6 +100,8 @@ def attention(
         chunk: a query sees its own chunk of positions only, 0 for none.
         prefix: the first `prefix` positions are seen by every query although causal.
         softcap: scores become softcap * tanh(scores / softcap), 0 for none (Gemma 2, arXiv:2408.00118).
+        anchors: the first `anchors` positions see and are seen in spite of window and chunk, not of causality.
+        block: positions per block, in whole numbers of which the window counts; 0 for single positions.
 
     Returns:
         [B, H, S, Dv] in the dtype of `query`.
@@ -102,7 +121,8 @@ def attention(
     if alibi_slopes is not None:
         distance = (key_at[:, None, :] - query_at[:, :, None]).float()
         scores = scores + alibi_slopes.float()[None, :, None, None] * distance[:, None]
-    visible = visible_keys(query_at, key_at, causal=causal, window=window, chunk=chunk, prefix=prefix)[:, None]
+    limits = {"causal": causal, "window": window, "chunk": chunk, "prefix": prefix}
+    visible = visible_keys(query_at, key_at, anchors=anchors, block=block, **limits)[:, None]
     scores = scores.masked_fill(~visible, float("-inf"))
     if sinks is not None:
         sink = sinks.float()[None, :, None, None].expand(batch, heads, length, 1)
@@ -113,11 +133,24 @@ def attention(
     return (grouped_weights @ value.float().unsqueeze(2)).flatten(1, 2).to(query.dtype)
 
 
+OPTIONS = ("scale", "causal", "window", "chunk", "prefix", "softcap", "anchors", "block")
+"""Names of the arguments that are no tensors, in order."""
+
+
 @attention.cost
-def _cost(query: TensorInfo, key: TensorInfo, value: TensorInfo, *_rest: object, **_more: object) -> Cost:
+def _cost(query: TensorInfo, key: TensorInfo, value: TensorInfo, *rest: object, **more: object) -> Cost:
     batch, heads, length, head_dim = query.shape
     keys, value_dim = key.shape[2], value.shape[3]
-    return Cost(flops=2 * batch * heads * length * keys * (head_dim + value_dim))
+    given = dict(zip(OPTIONS, rest[5:], strict=False)) | more
+    causal, window, anchors = (int(given.get(name, 0)) for name in ("causal", "window", "anchors"))  # type: ignore[call-overload]
+    if not window:
+        return Cost(flops=2 * batch * heads * length * keys * (head_dim + value_dim))
+    # What kernels that skip blocks compute and read; a block of queries reads the keys of its window once.
+    reach = (window if causal else 2 * window - 1) + anchors
+    seen, read = sympy.Min(keys, reach), sympy.Min(keys, reach + length)
+    moved = query.bytes + batch * heads * length * value_dim * query.dtype.itemsize
+    moved += (key.bytes + value.bytes) / keys * read
+    return Cost(flops=2 * batch * heads * length * seen * (head_dim + value_dim), bytes=moved)
 
 
 @attention.fake
@@ -141,6 +174,10 @@ def _samples(dtype: torch.dtype) -> Iterator[Sample]:
     yield Sample((*make(1, 2, 2, 9, 9, 16), *nothing, 0.25, True, 0, 4), note="chunked")
     yield Sample((*make(1, 2, 2, 9, 9, 16), *nothing, 0.25, True, 0, 0, 3), note="prefix")
     yield Sample((*make(1, 2, 1, 5, 5, 16), *nothing, 0.25, True, 0, 0, 0, 2.0), note="softcap")
+    yield Sample((*make(1, 2, 1, 9, 9, 16), *nothing, 0.25, True, 3, 0, 0, 0.0, 2), note="sinks and window")
+    yield Sample((*make(1, 2, 2, 11, 11, 16), *nothing, 0.25, True, 4, 0, 0, 0.0, 3, 2), note="local and global blocks")
+    yield Sample((*make(1, 2, 2, 11, 11, 16), *nothing, 0.25, False, 4, 0, 0, 0.0, 1, 2), note="blocks, both ways")
+    yield Sample((*make(1, 2, 2, 9, 9, 16), *nothing, 0.25, True, 0, 3, 0, 0.0, 2), note="chunks and anchors")
     query, key, value = make(2, 4, 2, 3, 6, 8)
     query_at = torch.tensor([[3, 4, 5], [-1, 0, 1]])
     key_at = torch.tensor([[0, 1, 2, 3, 4, 5], [-1, -1, -1, -1, 0, 1]])

@@ -36,7 +36,7 @@ def experts(
     Args:
         x: [M, K].
         weights: [M, J], floating point.
-        indices: int64 [M, J], each in [0, E).
+        indices: int64 [M, J], each in [0, E), or -1 for a choice that was dropped and adds nothing.
         up: [E, 2F, K], the gate's rows before those of `up`; [E, F, K] where not `gated`.
         up_bias: [E, 2F] or [E, F]; or None.
         down: [E, N, F].
@@ -74,13 +74,17 @@ def dispatch(
 ) -> Tensor:
     """Sorts tokens by expert, calls `mlp(expert, its rows)` for experts that have some, and sums what comes back.
 
+    Choices with the index -1 are left out.
+
     Raises:
         ValueError: an index is no expert.
     """
     chosen = indices.flatten()
     ids, order = chosen.sort(stable=True)
-    if len(ids) and not 0 <= int(ids[0]) <= int(ids[-1]) < num_experts:
+    if len(ids) and not -1 <= int(ids[0]) <= int(ids[-1]) < num_experts:
         raise ValueError(f"Experts {int(ids[0])} … {int(ids[-1])} are asked for, but there are {num_experts}")
+    dropped = int((ids < 0).sum())
+    ids, order = ids[dropped:], order[dropped:]
     shares, result = weights.flatten().float(), x.new_zeros(x.shape[0], outputs, dtype=torch.float32)
     active, counts = ids.unique_consecutive(return_counts=True)
     for expert, places in zip(active.tolist(), order.split(counts.tolist()), strict=True):
@@ -117,3 +121,5 @@ def _samples(dtype: torch.dtype) -> Iterator[Sample]:
         yield Sample((*routed, *biased, CLAMPED_SWIGLU, True, 1.702, 7.0), note=f"{note}, clamped, biases")
         plain = (numbers(6, 24, 20), None, numbers(6, 20, 24), None)
         yield Sample((*routed, *plain, "relu", False), note=f"{note}, no gate")
+        some = indices.masked_fill(torch.arange(tokens)[:, None] % 2 == 1, -1)
+        yield Sample((*routed[:2], some, *plain, "relu", False), note=f"{note}, dropped choices")

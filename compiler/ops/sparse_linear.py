@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from graphwright import packing, sparsity
 from graphwright.op import Cost, Sample, TensorInfo, op
+from graphwright.sparsity import Pattern
 
 
 @op
@@ -23,30 +24,66 @@ def sparse_linear(
     group_size: int,
     outputs: int,
 ) -> Tensor:
-    """X @ expand(values, places).T + bias, in the dtype of `x`.
+    """X @ dense(values, places).T + bias, in the dtype of `x`.
 
     Args:
         x: [..., K], floating point.
-        values: of layout `2:4`: [N, 2, K / 4], or packed codes of [2 N, K / 4]; of `bitmask`: [non-zeros].
-        places: of layout `2:4`: uint8 [N, K / 4]; of `bitmask`: uint8 [N, ceil(K / 8)].
+        values: of layout `2:4`: [N, 2, K / 4], or packed codes of [2 N, K / 4]; of blocks: [blocks, R * C], or the
+            packed codes of all of them as one row.
+        places: of layout `2:4`: uint8 [N, ceil(K / 8)]; of blocks: uint8 [N / R, ceil(K / C / 8)].
         scale: [N, G], float16 or float32, or None for floating-point values.
         zero_point: [N, G] in codes, or None.
         bias: [N] or None.
-        layout: `2:4` or `bitmask`.
+        layout: `2:4`, or blocks `RxC`; `1x1` is a bitmask of single weights.
         format: a name in `packing.FORMATS`, or empty for floating-point values.
-        group_size: columns of the dense weight that share a scale, a multiple of four.
+        group_size: columns of the dense weight that share a scale; of layout `2:4` a multiple of four that divides K.
         outputs: N.
 
     Returns:
         [..., N].
     """
-    if layout == "bitmask":
-        return functional.linear(x, sparsity.from_bitmask(values, places, x.shape[-1]).to(x.dtype), bias)
-    if format:
-        zeros = None if zero_point is None else zero_point.repeat_interleave(2, 0)
-        plain = packing.dequantize(values, scale.repeat_interleave(2, 0), zeros, format, group_size // 4)
-        values = plain.unflatten(0, (-1, 2))
-    return functional.linear(x, sparsity.expand(values, places).to(x.dtype), bias)
+    if layout == "2:4":
+        weight = _halves(values, places, scale, zero_point, format, group_size)
+    else:
+        weight = _blocks(values, places, scale, zero_point, layout, format, group_size, x.shape[-1])
+    return functional.linear(x, weight.to(x.dtype), bias)
+
+
+def _halves(
+    values: Tensor, places: Tensor, scale: Tensor | None, zero_point: Tensor | None, format: str, group_size: int
+) -> Tensor:
+    if scale is None:
+        return sparsity.expand(values, places)
+    zeros = None if zero_point is None else zero_point.repeat_interleave(2, 0)
+    plain = packing.dequantize(values, scale.repeat_interleave(2, 0), zeros, format, group_size // 4)
+    return sparsity.expand(plain.unflatten(0, (-1, 2)), places)
+
+
+def _blocks(
+    values: Tensor,
+    places: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    layout: str,
+    format: str,
+    group_size: int,
+    width: int,
+) -> Tensor:
+    block = Pattern.parse(layout)
+    kept = sparsity.blocks_kept(places, width // block.columns)
+    if scale is None:
+        return sparsity.from_blocks(values, kept, block.rows, block.columns)
+    codes = packing.unpack(values[None], format, packing.FORMATS[format].unit)[0]
+    dense = sparsity.from_blocks(codes, kept, block.rows, block.columns)
+    zero = None if zero_point is None else _along(zero_point, group_size, width)
+    wide = packing.decode(dense, format, zero) * _along(scale, group_size, width)
+    stored = kept.repeat_interleave(block.rows, 0).repeat_interleave(block.columns, 1)
+    return wide.masked_fill(~stored, 0.0)
+
+
+def _along(values: Tensor, group_size: int, width: int) -> Tensor:
+    """Values [N, G] of groups for every column, float32 [N, width]."""
+    return values.float().repeat_interleave(group_size, 1)[:, :width]
 
 
 @sparse_linear.fake
@@ -56,10 +93,13 @@ def _fake(x: Tensor, *rest: object, **_more: object) -> Tensor:
 
 @sparse_linear.cost
 def _cost(x: TensorInfo, values: TensorInfo, places: TensorInfo, *rest: object, **_more: object) -> Cost:
-    # What a kernel that skips zeros does; the eager reference multiplies the dense weight.
-    outputs = rest[-1]
-    share = x.numel * outputs
-    return Cost(flops=share if rest[3] == "2:4" else 2 * share)
+    # What a kernel that skips zeros does; where there is none, the dense weight is multiplied.
+    outputs, layout, format = rest[-1], rest[3], str(rest[4])
+    if layout == "2:4":
+        return Cost(flops=x.numel * outputs)
+    share = packing.FORMATS[format].bits if format else 8 * values.dtype.itemsize
+    stored = values.numel * values.dtype.itemsize * 8 // share
+    return Cost(flops=2 * stored * x.numel // x.shape[-1])
 
 
 @sparse_linear.samples
@@ -70,9 +110,18 @@ def _samples(dtype: torch.dtype) -> Iterator[Sample]:
         halved = weight * sparsity.Pattern(2, 4).keep(weight.abs().float(), 0.5)
         values, places = sparsity.compress(halved)
         yield Sample((x, values, places, None, None, bias, "2:4", "", 0, 40), note=f"2:4, rows {rows}")
+        scale = torch.rand(40, 3) * 0.1
         for format in ("int8", "int4"):
-            codes = torch.randint(*(packing.FORMATS[format].low, packing.FORMATS[format].high + 1), (80, 24))
-            packed, scale = packing.pack(codes, format, 8), torch.rand(40, 3) * 0.1
+            kind = packing.FORMATS[format]
+            codes = torch.randint(kind.low, kind.high + 1, (80, 24))
+            packed = packing.pack(codes, format, 8)
             yield Sample((x, packed, places, scale, None, bias, "2:4", format, 32, 40), note=f"2:4 {format}")
-        kept = weight * (torch.rand(40, 96) > 0.7)
-        yield Sample((x, *sparsity.to_bitmask(kept), None, None, bias, "bitmask", "", 0, 40), note=f"bitmask {rows}")
+        for layout in ("1x1", "8x16"):
+            block = Pattern.parse(layout)
+            kept = block.keep(torch.rand(40, 96), 0.6)
+            values, places = sparsity.to_blocks(weight, kept, block.rows, block.columns)
+            yield Sample((x, values, places, None, None, bias, layout, "", 0, 40), note=f"blocks {layout}")
+            codes, _ = sparsity.to_blocks(torch.randint(0, 16, (40, 96)), kept, block.rows, block.columns)
+            flat = functional.pad(codes.flatten(), (0, codes.numel() % 2))
+            packed, zero = packing.pack(flat[None], "int4", 2)[0], torch.randint(0, 16, (40, 3), dtype=torch.uint8)
+            yield Sample((x, packed, places, scale, zero, bias, layout, "int4", 32, 40), note=f"int4 blocks {layout}")

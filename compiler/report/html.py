@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from graphwright.report import chart, facts
 from graphwright.report.data import PassRow, Picture, Report, Side
+from graphwright.report.frontier import frontier_charts
 from graphwright.report.picture import layout
 
 WORST_LAYERS = 12
@@ -37,6 +38,7 @@ def render(report: Report) -> str:
         bars=weight_bars(report),
         chart=chart.roofline_chart(report),
         chart_size=(chart.WIDTH, chart.HEIGHT, chart.LEFT, chart.RIGHT, chart.TOP, chart.BOTTOM),
+        frontiers=frontier_charts(report),
         pictures=[(side, report.pictures[side], layout(report.pictures[side])) for side in SIDES],
         heaviest={side: _heaviest(report.pictures[side]) for side in SIDES},
         left=facts.leftovers(report),
@@ -109,7 +111,9 @@ def _percent(part: int, whole: int) -> str:
 def pass_details(row: PassRow) -> list[tuple[str, list[tuple[str, str]]]]:
     """What is shown when a pass is opened: titled lists of label and text."""
     notes = dict(row["notes"])
-    errors = notes.pop("layer_errors", {})
+    errors, measured = notes.pop("layer_errors", {}), notes.pop("layer_errors_of", "")
+    for drawn in ("frontier", "chosen"):
+        notes.pop(drawn, None)
     sections = []
     if row["options"]:
         sections.append(("Options", [(key, facts.figure(value)) for key, value in row["options"].items()]))
@@ -117,7 +121,8 @@ def pass_details(row: PassRow) -> list[tuple[str, list[tuple[str, str]]]]:
         sections.append(("Notes", facts.table(notes)))
     if errors:
         worst = sorted(errors.items(), key=lambda item: -item[1])
-        title = f"Relative error by layer, the {min(WORST_LAYERS, len(worst))} largest of {len(worst)}"
+        of = f" of {measured}" if measured else ""
+        title = f"Relative error{of} by layer, the {min(WORST_LAYERS, len(worst))} largest of {len(worst)}"
         sections.append((title, [(name, f"{value:.3g}") for name, value in worst[:WORST_LAYERS]]))
     if row["near_misses"]:
         sections.append(("Near misses", [("", miss) for miss in row["near_misses"]]))

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from graphwright.report import facts
 from graphwright.report.data import PassRow, Report
+from graphwright.report.frontier import chosen_text
 
 KIND_STYLE = {"exact": "green", "approximate": "yellow", "structural": "blue"}
 MOST_LEFTOVERS = 8
@@ -66,11 +67,16 @@ def _facts(report: Report) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
+    for note in report.model.get("notes", ()):
+        table.add_row("Checkpoint", Text(note, style="yellow"))
     before, after = facts.totals(report)
     size = f"{facts.scaled(before, 'B')} → {facts.scaled(after, 'B')} ({facts.change(before, after)})"
     if report.artifact_bytes:
         size += f", {facts.scaled(report.artifact_bytes, 'B')} on disk"
     table.add_row("Weights", Text(size))
+    for row in report.passes:
+        if "chosen" in row["notes"]:
+            table.add_row("Widths", Text(f"{row['name']}: {chosen_text(row)}"))
     lowered, total = facts.coverage_counts(report)
     nodes = f"{report.nodes['before']} → {report.nodes['after']} nodes"
     table.add_row("Graph", Text(nodes + (f", {lowered} of {total} ops lowered by {report.backend}" if total else "")))

@@ -5,9 +5,12 @@ the end (Flash-Decoding, Dao et al. 2023); query heads that share a key-value he
 
 `prefill`: many queries. Rows (queries of all heads that share a key-value head) lie across vector lanes, so softmax
 needs no reduction across lanes and keys need no transposition; blocks of keys that no row of a task can see are
-skipped (FlashAttention-2, Dao 2023, arXiv:2307.08691).
+skipped (FlashAttention-2, Dao 2023, arXiv:2307.08691). So are they in decode where there is a window: its parts then
+take blocks in turn, because those that are seen lie together.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +22,7 @@ from graphwright.kernels.tir.emit import (
     Layout,
     T,
     ceil_div,
+    floats,
     kernel,
     let,
     local,
@@ -58,6 +62,8 @@ class Attention:
     softcap: float = 0.0
     alibi: bool = False
     sinks: bool = False
+    anchors: int = 0
+    block: int = 0
 
     @property
     def group(self) -> int:
@@ -67,13 +73,18 @@ class Attention:
 
 @dataclass(frozen=True)
 class Operands:
-    """Where an attention's tensors lie; positions that are None count from 0."""
+    """Where an attention's tensors lie; positions that are None count from 0.
+
+    Keys and values with a scale, [B, Hkv, T, 1], are int8 codes.
+    """
 
     query: Layout
     key: Layout
     value: Layout
     query_positions: Layout | None
     key_positions: Layout | None
+    key_scale: Layout | None = None
+    value_scale: Layout | None = None
 
 
 class _Buffers:
@@ -82,8 +93,10 @@ class _Buffers:
     def __init__(self, k: Kernel, a: Attention, o: Operands, parts: int) -> None:
         self.a, self.o = a, o
         self.query = k.read("query", o.query.base, "float32")
-        self.key = k.read("key", o.key.base, "float32")
-        self.value = k.read("value", o.value.base, "float32")
+        self.key = k.read("key", o.key.base, "int8" if o.key_scale else "float32")
+        self.value = k.read("value", o.value.base, "int8" if o.value_scale else "float32")
+        self.key_scale = k.read("key_scale", o.key_scale.base, "float32") if o.key_scale else None
+        self.value_scale = k.read("value_scale", o.value_scale.base, "float32") if o.value_scale else None
         self.query_at = k.read("query_positions", o.query_positions.base, "int64") if o.query_positions else None
         self.key_at = k.read("key_positions", o.key_positions.base, "int64") if o.key_positions else None
         self.slopes = k.read("alibi_slopes", (a.heads,), "float32") if a.alibi else None
@@ -114,6 +127,16 @@ class _Buffers:
             positions.put(i, T.Select(place < keys, known, tirx.const(-1, "int32")), 1)
         return positions
 
+    def scales(self, kind: str, batch: Any, head: Any, places: list[Any]) -> Flat | None:
+        """Scales of the keys or values at `places`; None where they are no codes."""
+        buffer, layout = (self.key_scale, self.o.key_scale) if kind == "key" else (self.value_scale, self.o.value_scale)
+        if buffer is None or layout is None:
+            return None
+        found = local(len(places), "float32")
+        for i, place in enumerate(places):
+            found.put(i, buffer[layout.at(batch, head, place, 0)], 1)
+        return found
+
 
 def decode(a: Attention, o: Operands, parts: int) -> tirx.PrimFunc:
     """The kernel for one query per sequence; writes out [B, 1, H, Dv] and scratch [B, Hkv, parts, group, Dv + 2]."""
@@ -125,14 +148,40 @@ def decode(a: Attention, o: Operands, parts: int) -> tirx.PrimFunc:
         with parallel(batch * (a.kv_heads * parts)) as task:
             row = let(task // (a.kv_heads * parts))
             head, part = let(task // parts % a.kv_heads), let(task % parts)
-            first = let(minimum(part * share, blocks))
-            _decode_part(b, row, head, first, let(minimum(first + share, blocks)), task)
+            if a.window or a.chunk:
+                _decode_part(b, row, head, part, parts, let(ceil_div(blocks - part, parts)), task)
+            else:
+                first = let(minimum(part * share, blocks))
+                _decode_part(b, row, head, first, 1, let(minimum(first + share, blocks) - first), task)
         with parallel(batch) as row, loop(a.heads) as head:
             _merge(b, row, head, parts)
     return k.function
 
 
-def _decode_part(b: _Buffers, row: Any, head: Any, first: Any, last: Any, task: Any) -> None:
+@contextmanager
+def _if_seen(b: _Buffers, row: Any, start: Any, query_position: Any) -> Iterator[Flat]:
+    """Positions of a block of keys from `start` on; what is emitted runs if window and chunk let the query see any."""
+    positions = b.key_positions(row, start, KEYS)
+    if not b.a.window and not b.a.chunk:
+        yield positions
+        return
+    smallest, largest = _range(positions, KEYS)
+    near = _near_range(b.a, smallest, largest, query_position, query_position)
+    with T.If(tirx.And(largest >= tirx.const(0, "int32"), near)), T.Then():
+        yield positions
+
+
+def _range(positions: Flat, lanes: int) -> tuple[Any, Any]:
+    """Smallest position that is not padding, and largest of all."""
+    keys = positions.vec(0, lanes)
+    low = tirx.Select(keys >= integer(0, lanes), keys, integer(2**31 - 1, lanes))
+    name = f"v{lanes}i32"
+    smallest = let(tirx.call_llvm_pure_intrin("int32", f"llvm.vector.reduce.smin.{name}", low))
+    return smallest, let(tirx.call_llvm_pure_intrin("int32", f"llvm.vector.reduce.smax.{name}", keys))
+
+
+def _decode_part(b: _Buffers, row: Any, head: Any, first: Any, stride: int, count: Any, task: Any) -> None:
+    """One query's `count` blocks of keys, from the block `first` on, `stride` blocks apart."""
     a, o = b.a, b.o
     lanes, width = widest(a.head_dim), widest(a.value_dim)
     query = local(a.group * a.head_dim, "float32")
@@ -148,37 +197,41 @@ def _decode_part(b: _Buffers, row: Any, head: Any, first: Any, last: Any, task: 
         with loop(a.value_dim // width) as i:
             values.put(g * a.value_dim + i * width, constant(0.0, width), width)
     query_position = let(b.query_position(row, 0))
-    with loop(last - first) as block:
-        start = let((first + block) * KEYS)
-        positions = b.key_positions(row, start, KEYS)
+    with (
+        loop(count) as step,
+        _if_seen(b, row, start := let((first + step * stride) * KEYS), query_position) as positions,
+    ):
         places = [let(minimum(start + i, o.key.shape[2] - 1)) for i in range(KEYS)]
         key_rows = [let(o.key.at(row, head, place)) for place in places]
         value_rows = [let(o.value.at(row, head, place)) for place in places]
+        # Codes become floats once, for all the query heads that read them; scales are put in per key afterwards.
+        key_scales, value_scales = (b.scales(kind, row, head, places) for kind in ("key", "value"))
+        keys, key_rows = _floats(b.key, key_rows, a.head_dim)
+        held, value_rows = _floats(b.value, value_rows, a.value_dim)
         with loop(a.group) as g:
             for i, key_row in enumerate(key_rows):
                 dot: Any = None
                 for at in range(0, a.head_dim, lanes):
-                    term = query.vec(g * a.head_dim + at, lanes) * b.key.vec(key_row + at, lanes)
+                    term = query.vec(g * a.head_dim + at, lanes) * keys.vec(key_row + at, lanes)
                     dot = term if dot is None else dot + term
                 weights.put(i, reduce_add(dot, lanes), 1)
             slope = splat(b.slopes[head * a.group + g], KEYS) if b.slopes is not None else None
             key_vec = let(positions.vec(0, KEYS))
             distance = key_vec - splat(query_position, KEYS)
             seen = _visible(a, splat(query_position, KEYS), key_vec, KEYS)
-            score = let(
-                tirx.Select(seen, _score(a, weights.vec(0, KEYS), distance, slope, KEYS), constant(LOWEST, KEYS))
-            )
+            dots = weights.vec(0, KEYS) if key_scales is None else weights.vec(0, KEYS) * key_scales.vec(0, KEYS)
+            score = let(tirx.Select(seen, _score(a, dots, distance, slope, KEYS), constant(LOWEST, KEYS)))
             top = let(T.max(best[g], reduce_max(score, KEYS)))
             fade = exp(best[g] - top, 1)
             weight = let(tirx.Select(seen, exp(score - splat(top, KEYS), KEYS), constant(0.0, KEYS)))
-            weights.put(0, weight, KEYS)
+            weights.put(0, weight if value_scales is None else weight * value_scales.vec(0, KEYS), KEYS)
             best.put(g, top, 1)
             total.put(g, total[g] * fade + reduce_add(weight, KEYS), 1)
             with loop(a.value_dim // width) as at:
                 place = let(g * a.value_dim + at * width)
                 sum_: Any = values.vec(place, width) * splat(fade, width)
                 for i, value_row in enumerate(value_rows):
-                    sum_ = sum_ + splat(weights[i], width) * b.value.vec(value_row + at * width, width)
+                    sum_ = sum_ + splat(weights[i], width) * held.vec(value_row + at * width, width)
                 values.put(place, sum_, width)
     with loop(a.group) as g:
         target = let((task * a.group + g) * (a.value_dim + 2))
@@ -186,6 +239,18 @@ def _decode_part(b: _Buffers, row: Any, head: Any, first: Any, last: Any, task: 
             b.parts.put(target + at * width, values.vec(g * a.value_dim + at * width, width), width)
         b.parts.put(target + a.value_dim, best[g], 1)
         b.parts.put(target + a.value_dim + 1, total[g], 1)
+
+
+def _floats(buffer: Flat, rows: list[Any], width: int) -> tuple[Flat, list[Any]]:
+    """Rows of `width` values as float32, and where each begins; floats stay where they are."""
+    if buffer.dtype == "float32":
+        return buffer, rows
+    lanes = widest(width)
+    made = local(len(rows) * width, "float32")
+    for i, row in enumerate(rows):
+        for at in range(0, width, lanes):
+            made.put(i * width + at, floats(buffer.vec(row + at, lanes), lanes), lanes)
+    return made, [i * width for i in range(len(rows))]
 
 
 def _merge(b: _Buffers, row: Any, head: Any, parts: int) -> None:
@@ -296,23 +361,13 @@ class _RowBlock:
     def _worth_it(self, positions: Flat) -> Any:
         """Whether any row can see any key of the block, by the ranges of their positions."""
         a = self.a
-        keys = positions.vec(0, KEY_BLOCK)
-        valid = keys >= integer(0, KEY_BLOCK)
-        name = f"v{KEY_BLOCK}i32"
-        low = tirx.Select(valid, keys, integer(2**31 - 1, KEY_BLOCK))
-        smallest = let(tirx.call_llvm_pure_intrin("int32", f"llvm.vector.reduce.smin.{name}", low))
-        largest = let(tirx.call_llvm_pure_intrin("int32", f"llvm.vector.reduce.smax.{name}", keys))
+        smallest, largest = _range(positions, KEY_BLOCK)
         some = largest >= tirx.const(0, "int32")
         if a.causal:
             reach = smallest <= self.range[1]
             some = tirx.And(some, tirx.Or(reach, smallest < tirx.const(a.prefix, "int32")) if a.prefix else reach)
-        if a.window:
-            near = tirx.And(
-                largest > self.range[0] - tirx.const(a.window, "int32"),
-                smallest < self.range[1] + tirx.const(a.window, "int32"),
-            )
-            some = tirx.And(some, near)
-        return some
+        near = _near_range(a, smallest, largest, self.range[0], self.range[1])
+        return some if near is None else tirx.And(some, near)
 
     def _scores(self, start: Any) -> None:
         """weights[key, row] = key · query; four keys and all rows at a time."""
@@ -322,15 +377,16 @@ class _RowBlock:
             for i in range(step * self.vectors):
                 sums.put(i * 16, constant(0.0, 16))
             last = self.o.key.shape[2] - 1
-            starts = [
-                let(self.o.key.at(self.sequence, self.head, minimum(start + quad * step + i, last)))
-                for i in range(step)
-            ]
+            places = [let(minimum(start + quad * step + i, last)) for i in range(step)]
+            starts = [let(self.o.key.at(self.sequence, self.head, place)) for place in places]
+            scales = self.b.scales("key", self.sequence, self.head, places)
             with loop(a.head_dim) as d:
                 rows = [let(self.query.vec(d * self.width + 16 * v)) for v in range(self.vectors)]
-                self._outer(sums, [self.b.key[at + d] for at in starts], rows)
+                self._outer(sums, [tirx.Cast("float32", self.b.key[at + d]) for at in starts], rows)
             for i in range(step * self.vectors):
-                self.weights.put(quad * (step * self.width) + i * 16, sums.vec(i * 16))
+                sum_ = sums.vec(i * 16)
+                scaled = sum_ if scales is None else sum_ * splat(scales[i // self.vectors])
+                self.weights.put(quad * (step * self.width) + i * 16, scaled)
 
     def _outer(self, sums: Flat, left: list[Any], right: list[Any]) -> None:
         """sums[i, v] += left[i] * right[v]."""
@@ -374,6 +430,7 @@ class _RowBlock:
         """values[channel, row] += value · weights; four channels and all rows at a time."""
         step = 4 if self.a.value_dim % 4 == 0 else 1
         last = self.o.value.shape[2] - 1
+        self._scale_weights(start)
         with loop(self.a.value_dim // step) as quad:
             sums = local(step * self.width, "float32")
             for i in range(step):
@@ -383,9 +440,21 @@ class _RowBlock:
             with loop(KEY_BLOCK) as key:
                 at = let(self.o.value.at(self.sequence, self.head, minimum(start + key, last)) + quad * step)
                 rows = [let(self.weights.vec(key * self.width + 16 * v)) for v in range(self.vectors)]
-                self._outer(sums, [self.b.value[at + i] for i in range(step)], rows)
+                self._outer(sums, [tirx.Cast("float32", self.b.value[at + i]) for i in range(step)], rows)
             for i in range(step * self.vectors):
                 self.values.put(quad * (step * self.width) + i * 16, sums.vec(i * 16))
+
+    def _scale_weights(self, start: Any) -> None:
+        """Multiplies weights by the scales of values that are codes."""
+        scale, layout = self.b.value_scale, self.o.value_scale
+        if scale is None or layout is None:
+            return
+        with loop(KEY_BLOCK) as key:
+            place = let(minimum(start + key, self.o.value.shape[2] - 1))
+            factor = let(splat(scale[layout.at(self.sequence, self.head, place, 0)]))
+            for v in range(self.vectors):
+                at = key * self.width + 16 * v
+                self.weights.put(at, self.weights.vec(at) * factor)
 
     def _scatter(self) -> None:
         a, one, none = self.a, tirx.const(1.0, "float32"), tirx.const(0.0, "float32")
@@ -420,11 +489,44 @@ def _visible(a: Attention, query: Any, key: Any, lanes: int) -> Any:
     if a.causal:
         before = key <= query
         conditions.append(tirx.Or(before, key < integer(a.prefix, lanes)) if a.prefix else before)
+    near: list[Any] = []
     if a.window:
-        conditions += [query - key < integer(a.window, lanes), key - query < integer(a.window, lanes)]
+        size, reach = integer(max(a.block, 1), lanes), integer(a.window // max(a.block, 1), lanes)
+        apart = T.truncdiv(query, size) - T.truncdiv(key, size) if a.block else query - key
+        near += [apart < reach, -apart < reach]
     if a.chunk:
         size = integer(a.chunk, lanes)
-        conditions.append(T.truncdiv(query, size) == T.truncdiv(key, size))
+        near.append(T.truncdiv(query, size) == T.truncdiv(key, size))
+    if near and a.anchors:
+        count = integer(a.anchors, lanes)
+        near = [tirx.Or(_all(near), tirx.Or(key < count, query < count))]
+    return _all(conditions + near)
+
+
+def _near_range(a: Attention, smallest: Any, largest: Any, first: Any, last: Any) -> Any:
+    """Whether window and chunk let a query from `first` to `last` see a key from `smallest` to `largest`.
+
+    Never too few. Scalars; a block of the window lies within as many single positions.
+    """
+    near: list[Any] = []
+    if a.window:
+        reach = tirx.const(a.window, "int32")
+        near += [largest > first - reach, smallest < last + reach]
+    if a.chunk:
+        size = tirx.const(a.chunk, "int32")
+        near += [
+            T.truncdiv(largest, size) >= T.truncdiv(first, size),
+            T.truncdiv(smallest, size) <= T.truncdiv(last, size),
+        ]
+    if not near:
+        return None
+    if a.anchors:
+        count = tirx.const(a.anchors, "int32")
+        return tirx.Or(_all(near), tirx.Or(smallest < count, first < count))
+    return _all(near)
+
+
+def _all(conditions: list[Any]) -> Any:
     seen = conditions[0]
     for condition in conditions[1:]:
         seen = tirx.And(seen, condition)

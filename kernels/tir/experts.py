@@ -12,6 +12,7 @@ experts, so that an expert with many tokens keeps no thread waiting.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from tvm import tirx
@@ -25,6 +26,7 @@ from graphwright.kernels.tir.emit import (
     local,
     loop,
     parallel,
+    product,
     spread,
     widest,
 )
@@ -34,6 +36,9 @@ from graphwright.kernels.tir.linear import Epilogue, Linear, Weight
 
 FEW_ROWS = 2
 """Rows of one expert for which its weights are decoded in registers, once for each row."""
+
+MOST_UNROLLED = 16
+"""Choices of a token whose sum is written out."""
 
 TAKEN, EXCLUDED = -3.4e38, -3.3e38
 """What stands in the place of a score that was chosen, or that may not be; both are below every score."""
@@ -51,15 +56,31 @@ class Routing:
     num_groups: int
     top_groups: int
     corrected: bool
+    mapped: bool = False
+    skip_ratio: float = 0.0
+    num_shared: int = 0
+    first_shared: int = 0
+    shared_weighted: bool = False
+
+    @property
+    def choices(self) -> int:
+        """Experts of a token."""
+        return self.top_k + self.num_shared
 
 
 def route(routing: Routing, rows: Index) -> tirx.PrimFunc:
-    """Logits [rows, E], and the correction bias [E] if there is one, to weights float32 and indices int64 [rows, k]."""
-    count, top_k = routing.num_experts, routing.top_k
+    """Logits [rows, E] to weights float32 and indices int64 [rows, J].
+
+    Behind the logits come, where there are such, the correction bias [E], the stored number of each expert int64 [E],
+    and the weight of the shared experts [rows, 1].
+    """
+    count, top_k, width = routing.num_experts, routing.top_k, routing.choices
     with kernel("moe_routing") as k:
         logits = k.read("logits", (rows, count), "float32")
         bias = k.read("bias", (count,), "float32") if routing.corrected else None
-        weights, indices = k.write("weights", (rows, top_k), "float32"), k.write("indices", (rows, top_k), "int64")
+        stored = k.read("expert_of", (count,), "int64") if routing.mapped else None
+        shared = k.read("shared_weight", (rows, 1), "float32") if routing.shared_weighted else None
+        weights, indices = k.write("weights", (rows, width), "float32"), k.write("indices", (rows, width), "int64")
         k.begin()
         with parallel(rows) as row:
             scores, ranked = local(count, "float32"), local(count, "float32")
@@ -68,19 +89,40 @@ def route(routing: Routing, rows: Index) -> tirx.PrimFunc:
                 ranked.put(e, scores[e] + bias[e] if bias else scores[e], 1)
             if routing.num_groups > 1:
                 _keep_best_groups(routing, ranked)
-            total = _cell(0.0)
+            start, peak = let(row * width), _cell(TAKEN)
             with loop(top_k) as j:
                 best = _take_best(ranked, 0, count)
-                indices.put(row * top_k + j, tirx.Cast("int64", best[0]), 1)
-                weights.put(row * top_k + j, scores[best[0]], 1)
-                total.put(0, total[0] + scores[best[0]], 1)
-            scale = tirx.const(routing.scaling, "float32")
-            if routing.normalize:
-                scale = scale / T.max(total[0], tirx.const(1.2e-38, "float32"))
-            factor = let(scale)
-            with loop(top_k) as j:
-                weights.put(row * top_k + j, weights[row * top_k + j] * factor, 1)
+                number = let(stored[best[0]] if stored else tirx.Cast("int64", best[0]))
+                indices.put(start + j, number, 1)
+                weights.put(start + j, scores[best[0]], 1)
+                peak.put(0, T.max(peak[0], scores[best[0]]), 1)
+            if routing.skip_ratio > 0:
+                _skip(weights, indices, start, top_k, let(peak[0] * tirx.const(routing.skip_ratio, "float32")))
+            _scale(routing, weights, start)
+            one = tirx.const(1.0, "float32")
+            for j in range(routing.num_shared):
+                indices.put(start + top_k + j, tirx.const(routing.first_shared + j, "int64"), 1)
+                weights.put(start + top_k + j, shared[row] if shared else one, 1)
     return k.function
+
+
+def _skip(weights: Flat, indices: Flat, start: Any, top_k: int, least: Any) -> None:
+    """Leaves out choices with a smaller weight."""
+    with loop(top_k) as j, T.If(weights[start + j] < least), T.Then():
+        weights.put(start + j, tirx.const(0.0, "float32"), 1)
+        indices.put(start + j, tirx.const(-1, "int64"), 1)
+
+
+def _scale(routing: Routing, weights: Flat, start: Any) -> None:
+    total = _cell(0.0)
+    with loop(routing.top_k) as j:
+        total.put(0, total[0] + weights[start + j], 1)
+    scale = tirx.const(routing.scaling, "float32")
+    if routing.normalize:
+        scale = scale / T.max(total[0], tirx.const(1.2e-38, "float32"))
+    factor = let(scale)
+    with loop(routing.top_k) as j:
+        weights.put(start + j, weights[start + j] * factor, 1)
 
 
 def _cell(value: float, dtype: str = "float32") -> Flat:
@@ -138,11 +180,95 @@ def _keep_best_groups(routing: Routing, ranked: Flat) -> None:
         ranked.put(e, tirx.const(EXCLUDED, "float32"), 1)
 
 
+@dataclass(frozen=True)
+class Limit:
+    """A capacity of experts: a number, or where that is 0 a multiple of equal shares."""
+
+    num_experts: int
+    capacity: int
+    factor: Fraction
+    round_up: bool
+
+    def of(self, choices: Any) -> Any:
+        """What an expert takes of so many choices."""
+        if self.capacity:
+            return let(tirx.const(self.capacity, "int64"))
+        counted, shares = choices * self.factor.numerator, self.factor.denominator * self.num_experts
+        return let(tirx.Cast("int64", tirx.floordiv(counted + (shares - 1 if self.round_up else 0), shares)))
+
+
+def limit_choices(shape: Sequence[Index], limit: Limit) -> tirx.PrimFunc:
+    """Weights and indices [*groups, tokens, J] without choices beyond the limit of a group's expert; what each lost.
+
+    First choices of a group come before second ones, and earlier tokens before later ones.
+    """
+    *outer, tokens, top_k = shape
+    groups, count = product(outer), limit.num_experts
+    one, zero = tirx.const(1, "int64"), tirx.const(0, "int64")
+    with kernel("expert_capacity") as k:
+        weights, indices = k.read("weights", shape, "float32"), k.read("indices", shape, "int64")
+        kept, chosen = k.write("kept", shape, "float32"), k.write("chosen", shape, "int64")
+        dropped = k.write("dropped", (count,), "int64")
+        k.begin()
+        most, taken = limit.of(tokens * top_k), local(count, "int64")
+        with loop(count) as e:
+            dropped.put(e, zero, 1)
+        with loop(groups) as group:
+            with loop(count) as e:
+                taken.put(e, zero, 1)
+            with loop(top_k) as j, loop(tokens) as token:
+                at = let((group * tokens + token) * top_k + j)
+                expert = let(indices[at])
+                kept.put(at, weights[at], 1)
+                chosen.put(at, expert, 1)
+                with T.If(expert >= zero), T.Then():
+                    taken.put(expert, taken[expert] + one, 1)
+                    with T.If(taken[expert] > most), T.Then():
+                        kept.put(at, tirx.const(0.0, "float32"), 1)
+                        chosen.put(at, tirx.const(-1, "int64"), 1)
+                        dropped.put(expert, dropped[expert] + one, 1)
+    return k.function
+
+
+def choose_tokens(shape: Sequence[Index], limit: Limit) -> tirx.PrimFunc:
+    """Logits [*groups, tokens, E] to weights and indices of that shape: each expert takes its best tokens of a group.
+
+    The last output has room for the scores.
+    """
+    *outer, tokens, count = shape
+    groups = product(outer)
+    softmax = Routing(count, 1, "softmax", False, 1.0, 1, 1, False)
+    with kernel("expert_choice") as k:
+        logits = k.read("logits", shape, "float32")
+        weights, indices = k.write("weights", shape, "float32"), k.write("indices", shape, "int64")
+        scores = k.write("scores", shape, "float32")
+        k.begin()
+        most = let(T.max(limit.of(tokens), tirx.const(1, "int64")))
+        with parallel(groups * tokens) as row:
+            mine = local(count, "float32")
+            _score(softmax, logits, row, mine)
+            with loop(count) as e:
+                scores.put(row * count + e, mine[e], 1)
+        with parallel(groups * tokens) as row:
+            first = let((row // tokens) * tokens)
+            with loop(count) as e:
+                at, better = let(row * count + e), _cell(0, "int64")
+                with loop(tokens) as other:
+                    theirs = let(scores[(first + other) * count + e])
+                    earlier = tirx.And(theirs == scores[at], first + other < row)
+                    with T.If(tirx.Or(theirs > scores[at], earlier)), T.Then():
+                        better.put(0, better[0] + tirx.const(1, "int64"), 1)
+                taken = let(better[0] < most)
+                weights.put(at, T.if_then_else(taken, scores[at], tirx.const(0.0, "float32")), 1)
+                indices.put(at, T.if_then_else(taken, tirx.Cast("int64", e), tirx.const(-1, "int64")), 1)
+    return k.function
+
+
 def sort_choices(tokens: Index, top_k: int, choices: Index, num_experts: int) -> tirx.PrimFunc:
     """Indices int64 [tokens, top_k], of which there are `choices`, to order, starts and active, all int32.
 
     `order` [choices] has the choices sorted by expert, and `starts` [E + 1] where each expert's begin in it. `active`
-    [E + 1] has the number of experts that somebody chose, and then these.
+    [E + 1] has the number of experts that somebody chose, and then these. Choices of no expert, -1, are in none.
     """
     one = tirx.const(1, "int32")
     with kernel("sort_choices") as k:
@@ -154,7 +280,7 @@ def sort_choices(tokens: Index, top_k: int, choices: Index, num_experts: int) ->
         next_ = local(num_experts, "int32")
         with loop(num_experts) as e:
             next_.put(e, tirx.const(0, "int32"), 1)
-        with loop(choices) as i:
+        with loop(choices) as i, T.If(indices[i] >= tirx.const(0, "int64")), T.Then():
             next_.put(indices[i], next_[indices[i]] + one, 1)
         active.put(0, tirx.const(0, "int32"), 1)
         starts.put(0, tirx.const(0, "int32"), 1)
@@ -165,7 +291,7 @@ def sort_choices(tokens: Index, top_k: int, choices: Index, num_experts: int) ->
                 active.put(active[0], tirx.Cast("int32", e), 1)
             next_.put(e, starts[e], 1)
             starts.put(e + 1, starts[e] + count, 1)
-        with loop(choices) as i:
+        with loop(choices) as i, T.If(indices[i] >= tirx.const(0, "int64")), T.Then():
             place = let(next_[indices[i]])
             order.put(place, tirx.Cast("int32", i), 1)
             next_.put(indices[i], place + one, 1)
@@ -221,17 +347,34 @@ def expert_linear(
 
 
 def combine(tokens: Index, choices: Index, top_k: int, width: int) -> tirx.PrimFunc:
-    """Outputs of all choices [choices, width] and weights [tokens, top_k] to [tokens, width]."""
+    """Outputs of all choices [choices, width], weights and indices [tokens, top_k] to [tokens, width].
+
+    Nothing was written for choices of no expert.
+    """
     lanes = widest(width)
     with kernel("experts_combine") as k:
         outer = k.read("outer", (choices, width), "float32")
         weights = k.read("weights", (tokens, top_k), "float32")
+        indices = k.read("indices", (tokens, top_k), "int64")
         out = k.write("out", (tokens, width), "float32")
         k.begin()
+        nothing = spread(tirx.const(0.0, "float32"), lanes)
+
+        def part(at: Any, column: Any) -> Any:
+            product = outer.vec(at * width + column, lanes) * spread(weights[at], lanes)
+            return T.if_then_else(indices[at] >= tirx.const(0, "int64"), product, nothing)
+
         with parallel(tokens) as row, loop(width // lanes) as i:
-            total = tirx.const(0.0, "float32") if lanes == 1 else tirx.Broadcast(tirx.const(0.0, "float32"), lanes)
-            for j in range(top_k):
-                at = let(row * top_k + j)
-                total = total + outer.vec(at * width + i * lanes, lanes) * spread(weights[at], lanes)
-            out.put(row * width + i * lanes, total, lanes)
+            column = let(i * lanes)
+            if top_k <= MOST_UNROLLED:
+                total = nothing
+                for j in range(top_k):
+                    total = total + part(let(row * top_k + j), column)
+                out.put(row * width + column, total, lanes)
+            else:
+                sums = local(lanes, "float32")
+                sums.put(0, nothing, lanes)
+                with loop(top_k) as j:
+                    sums.put(0, sums.vec(0, lanes) + part(let(row * top_k + j), column), lanes)
+                out.put(row * width + column, sums.vec(0, lanes), lanes)
     return k.function

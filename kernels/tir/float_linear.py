@@ -1,5 +1,7 @@
 """Floating-point activations times weights in tiles, which are floats or low-bit codes: y = x · weight.
 
+Weights may keep two in four; then only those are read and multiplied in the kernel for one row.
+
 One row (`vector`): every thread streams its share of the tiles once, decoding them in registers. Many rows (`matrix`):
 a thread decodes two tiles into its cache, then multiplies them with as many rows at a time as registers hold sums for.
 """
@@ -26,6 +28,8 @@ from graphwright.kernels.tir.emit import (
     splat,
 )
 from graphwright.kernels.tir.functions import fma, integer, kind
+from graphwright.kernels.tir.halves import STORED, dense_floats, picked_float, words
+from graphwright.kernels.tir.isa import Pick
 from graphwright.kernels.tir.linear import ROWS_PER_TASK, Epilogue, Linear, Weight, clear
 from graphwright.kernels.tir.tiles import ROWS, STEP, unsigned_zero
 
@@ -33,19 +37,22 @@ CHAINS = 4
 """Sums of one row that do not wait for each other."""
 
 UNROLLED = 8
-"""Weights along K in one turn of the innermost loop; a multiple of every step."""
+"""Weights along K in one turn of the innermost loop; a multiple of every step, and a part of a chunk of places."""
 
 REST_BLOCK = 4
 """Rows at a time where fewer are left than registers hold sums for."""
 
 
-def vector(layer: Linear, lanes: int, lead: Sequence[Index]) -> tirx.PrimFunc:
-    """The kernel for one row of x [*lead, K], float32; `lead` are all 1, `lanes` floats make a vector register."""
+def vector(layer: Linear, lanes: int, lead: Sequence[Index], pick: Pick | None = None) -> tirx.PrimFunc:
+    """The kernel for one row of x [*lead, K], float32; `lead` are all 1, `lanes` floats make a vector register.
+
+    Where a machine picks floats by their places, `pick` does so for weights that keep two in four.
+    """
     with kernel("float_linear_vector") as k:
         x, weight, epilogue = _arguments(k, layer, lead)
         with parallel(layer.width // ROWS if layer.paired else layer.tiles) as tile:
             chosen = [tile, tile + layer.tiles // 2] if layer.paired else [tile]
-            epilogue.finish(0, chosen, [one_row(Operands(layer, x, weight), 0, t, lanes) for t in chosen], lanes)
+            epilogue.finish(0, chosen, [one_row(Operands(layer, x, weight, pick), 0, t, lanes) for t in chosen], lanes)
     return k.function
 
 
@@ -101,24 +108,26 @@ class Operands:
     layer: Linear
     x: Flat
     weight: Weight
+    pick: Pick | None = None
 
 
 def _each_group(layer: Linear, body: Callable[[Any, int], None]) -> None:
-    """Emits `body(group, weights in it)` for all groups along K; the end of the row may cut the last one short."""
-    whole, rest = divmod(layer.inputs, layer.group_size)
+    """Emits `body(group, stored weights in it)` for all groups; the end of the row may cut the last one short."""
+    whole, rest = divmod(layer.stored, layer.stored_group)
     if whole:
         with loop(whole) as group:
-            body(group, layer.group_size)
+            body(group, layer.stored_group)
     if rest:
         body(whole, rest)
 
 
-def _each_turn(width: int, body: Callable[[Any, int], None]) -> None:
-    """Emits `body(first weight, weights)` for `width` weights, `UNROLLED` at a time."""
-    whole, rest = divmod(width, UNROLLED)
+def _each_turn(layer: Linear, width: int, body: Callable[[Any, int], None]) -> None:
+    """Emits `body(first weight, weights)` for `width` stored weights, some at a time: those that share places."""
+    many = STORED if layer.halved else UNROLLED
+    whole, rest = divmod(width, many)
     if whole:
         with loop(whole) as turn:
-            body(let(turn * UNROLLED), UNROLLED)
+            body(let(turn * many), many)
     if rest:
         body(width - rest, rest)
 
@@ -139,18 +148,27 @@ def _one_group(b: Operands, start: Any, tile: Any, group: Any, width: int, total
 
     def add(first: Any, count: int) -> None:
         for lane in range(0, ROWS, lanes):
+            met = _met(b, start, tile, let(group * layer.stored_group + first), count, lane, lanes)
             for i, weight in enumerate(_decoded(b, at, first, count, lane, lanes)):
                 place = i % CHAINS * ROWS + lane
-                x = splat(b.x[start + group * layer.group_size + first + i], lanes)
-                sums.put(place, fma(weight, x, sums.vec(place, lanes), lanes), lanes)
+                sums.put(place, fma(weight, met[i], sums.vec(place, lanes), lanes), lanes)
 
-    _each_turn(width, add)
+    _each_turn(layer, width, add)
     for lane in range(0, ROWS, lanes):
         low, high = (sums.vec(i * ROWS + lane, lanes) + sums.vec((i + 1) * ROWS + lane, lanes) for i in (0, 2))
         value = low + high
         if layer.scale_dtype:
             value = value * b.weight.scale(at, lane, lanes)
         total.put(lane, total.vec(lane, lanes) + value, lanes)
+
+
+def _met(b: Operands, start: Any, tile: Any, first: Any, count: int, lane: int, lanes: int) -> list[Any]:
+    """The activations that `count` stored weights of each row from `first` on are multiplied with."""
+    if b.weight.places is None:
+        return [splat(b.x[start + first + i], lanes) for i in range(count)]
+    chunk = words(b.weight.places, tile * b.layer.chunks + first // STORED, lane, lanes)
+    groups = [start + 2 * first + 4 * (i // 2) for i in range(count)]
+    return [picked_float(b.pick, b.x, group, chunk, i, lanes) for i, group in enumerate(groups)]
 
 
 def _decoded(b: Operands, at: Any, first: Any, count: int, lane: int, lanes: int) -> list[Any]:
@@ -185,7 +203,7 @@ def _zero(b: Operands, at: Any, lane: int, lanes: int) -> Any:
 def panel(b: Operands, tile: Any, lanes: int) -> tuple[Flat, Any]:
     """The weights of a tile as floats [K, 16] and the place of the first; floats stay where they are stored."""
     layer = b.layer
-    if not layer.scale_dtype:
+    if not layer.scale_dtype and not layer.halved:
         return b.weight.stored, let(tile * (layer.inputs * ROWS))
     decoded = local(layer.inputs * ROWS, "float32")
     _each_group(layer, lambda group, width: _decode_group(b, tile, group, width, decoded, lanes))
@@ -196,12 +214,26 @@ def _decode_group(b: Operands, tile: Any, group: Any, width: int, decoded: Flat,
     at = let(tile * b.layer.groups + group)
 
     def decode(first: Any, count: int) -> None:
+        place = let(group * b.layer.stored_group + first)
         for lane in range(0, ROWS, lanes):
-            scale = let(b.weight.scale(at, lane, lanes))
-            for i, weight in enumerate(_decoded(b, at, first, count, lane, lanes)):
-                decoded.put((group * b.layer.group_size + first + i) * ROWS + lane, weight * scale, lanes)
+            values = _decoded(b, at, first, count, lane, lanes)
+            if b.layer.scale_dtype:
+                scale = let(b.weight.scale(at, lane, lanes))
+                values = [value * scale for value in values]
+            where = place
+            if b.weight.places is not None:
+                values, where = _spread(b, tile, place, values, lane, lanes), 2 * place
+            for i, value in enumerate(values):
+                decoded.put((where + i) * ROWS + lane, value, lanes)
 
-    _each_turn(width, decode)
+    _each_turn(b.layer, width, decode)
+
+
+def _spread(b: Operands, tile: Any, first: Any, values: list[Any], lane: int, lanes: int) -> list[Any]:
+    """Stored weights from `first` on, at their places among zeros."""
+    chunk = words(b.weight.places, tile * b.layer.chunks + first // STORED, lane, lanes)
+    pairs = [(let(values[i]), let(values[i + 1]), i) for i in range(0, len(values), 2)]
+    return [value for one, two, i in pairs for value in dense_floats(one, two, chunk, i, lanes)]
 
 
 def products(b: Operands, starts: list[Any], panels: list[tuple[Flat, Any]], lanes: int) -> list[list[Flat]]:

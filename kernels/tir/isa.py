@@ -1,7 +1,8 @@
 """The integer dot product of each instruction set: acc[row] += sum of four unsigned weights times four signed codes.
 
-All of them take a vector of `lanes` int32 sums, 4 * lanes weight bytes and one int32 that holds four activation codes,
-and may only differ in how fast they are.
+All of them take a vector of `lanes` int32 sums, 4 * lanes weight bytes and an int32 for each lane that holds four
+activation codes, and may only differ in how fast they are. Some can also pick bytes and floats by their places, which
+weights that are stored without their zeros need.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +14,10 @@ from tvm import tirx
 from graphwright.kernels.tir.emit import splat
 
 Dot = Callable[[Any, Any, Any, int], Any]
-"""(sums int32xL, weights uint8x4L, four codes as int32, L) -> sums int32xL."""
+"""(sums int32xL, weights uint8x4L, four codes as int32xL, L) -> sums int32xL."""
+
+Pick = Callable[[Any, Any], Any]
+"""(values, places) -> the values at these places, each run of 16 bytes on its own."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Isa:
         dot: the instruction.
         signed: it takes both operands signed, so unsigned weights of 8 bits are read minus 128.
         tiles: there are tile registers besides, for products of many rows.
+        pick_bytes: of uint8x4L by uint8x4L below 16, or None where nothing does so at once.
+        pick_floats: of float32xL by the lowest two bits of int32xL, or None.
     """
 
     name: str
@@ -35,11 +41,17 @@ class Isa:
     dot: Dot
     signed: bool = False
     tiles: bool = False
+    pick_bytes: Pick | None = None
+    pick_floats: Pick | None = None
+
+
+def _picking(name: str, dtype: str) -> Pick:
+    return lambda values, places: tirx.call_llvm_pure_intrin(dtype, name, values, places)
 
 
 def _intrinsic(name: str) -> Dot:
     def dot(sums: Any, weights: Any, codes: Any, lanes: int) -> Any:
-        spread = tirx.reinterpret(f"int8x{4 * lanes}", splat(codes, lanes))
+        spread = tirx.reinterpret(f"int8x{4 * lanes}", codes)
         return tirx.call_llvm_pure_intrin(f"int32x{lanes}", name, sums, weights, spread)
 
     return dot
@@ -55,7 +67,7 @@ def _by_words(multiply_add: str) -> Dot:
             return splat(tirx.const(value, "int16"), 2 * lanes)
 
         weight = tirx.reinterpret(words, weights)
-        code = tirx.reinterpret(words, splat(codes, lanes))
+        code = tirx.reinterpret(words, codes)
         even, odd = (code << constant(8)) >> constant(8), code >> constant(8)
         low = weight & constant(255)
         high = (weight >> constant(8)) & constant(255)
@@ -69,24 +81,38 @@ def _by_words(multiply_add: str) -> Dot:
 def _generic(sums: Any, weights: Any, codes: Any, lanes: int) -> Any:
     """Four multiplications of 32-bit lanes."""
     quads = tirx.reinterpret(f"int32x{lanes}", weights)
+
+    def constant(value: int) -> Any:
+        return splat(tirx.const(value, "int32"), lanes)
+
     for byte in range(4):
-        shift = splat(tirx.const(8 * byte, "int32"), lanes)
-        weight = (quads >> shift) & splat(tirx.const(255, "int32"), lanes)
-        code = (codes << tirx.const(24 - 8 * byte, "int32")) >> tirx.const(24, "int32")
-        sums = sums + weight * splat(code, lanes)
+        weight = (quads >> constant(8 * byte)) & constant(255)
+        sums = sums + weight * ((codes << constant(24 - 8 * byte)) >> constant(24))
     return sums
 
 
-VNNI = Isa("avx512_vnni", frozenset({"avx512_vnni", "avx512bw"}), 16, _intrinsic("llvm.x86.avx512.vpdpbusd.512"))
+_WIDE = {
+    "pick_bytes": _picking("llvm.x86.avx512.pshuf.b.512", "uint8x64"),
+    "pick_floats": _picking("llvm.x86.avx512.vpermilvar.ps.512", "float32x16"),
+}
+_HALF = {
+    "pick_bytes": _picking("llvm.x86.avx2.pshuf.b", "uint8x32"),
+    "pick_floats": _picking("llvm.x86.avx.vpermilvar.ps.256", "float32x8"),
+}
+_NEON = {"pick_bytes": _picking("llvm.aarch64.neon.tbl1.v16i8", "uint8x16")}
+
+VNNI = Isa(
+    "avx512_vnni", frozenset({"avx512_vnni", "avx512bw"}), 16, _intrinsic("llvm.x86.avx512.vpdpbusd.512"), **_WIDE
+)
 
 ISAS = (
     replace(VNNI, name="amx_int8", needs=VNNI.needs | {"amx_int8"}, tiles=True),
     VNNI,
-    Isa("avx_vnni", frozenset({"avx_vnni", "avx2"}), 8, _intrinsic("llvm.x86.avx512.vpdpbusd.256")),
-    Isa("avx512bw", frozenset({"avx512bw"}), 16, _by_words("llvm.x86.avx512.pmaddw.d.512")),
-    Isa("avx2", frozenset({"avx2"}), 8, _by_words("llvm.x86.avx2.pmadd.wd")),
-    Isa("i8mm", frozenset({"i8mm"}), 4, _intrinsic("llvm.aarch64.neon.usdot.v4i32.v16i8")),
-    Isa("asimddp", frozenset({"asimddp"}), 4, _intrinsic("llvm.aarch64.neon.sdot.v4i32.v16i8"), signed=True),
+    Isa("avx_vnni", frozenset({"avx_vnni", "avx2"}), 8, _intrinsic("llvm.x86.avx512.vpdpbusd.256"), **_HALF),
+    Isa("avx512bw", frozenset({"avx512bw"}), 16, _by_words("llvm.x86.avx512.pmaddw.d.512"), **_WIDE),
+    Isa("avx2", frozenset({"avx2"}), 8, _by_words("llvm.x86.avx2.pmadd.wd"), **_HALF),
+    Isa("i8mm", frozenset({"i8mm"}), 4, _intrinsic("llvm.aarch64.neon.usdot.v4i32.v16i8"), **_NEON),
+    Isa("asimddp", frozenset({"asimddp"}), 4, _intrinsic("llvm.aarch64.neon.sdot.v4i32.v16i8"), signed=True, **_NEON),
     Isa("generic", frozenset(), 4, _generic),
 )
 """From the fastest to the one that runs everywhere."""

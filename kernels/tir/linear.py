@@ -12,11 +12,26 @@ from tvm import tirx
 
 from graphwright.kernels.tir.emit import Flat, Index, Kernel, ceil_div, floats, let, loop, minimum, splat, zeros
 from graphwright.kernels.tir.functions import ACTIVATIONS, clamped_swiglu
-from graphwright.kernels.tir.tiles import ROWS, STEP
+from graphwright.kernels.tir.tiles import CHUNK, ROWS, STEP
 from graphwright.ops.experts import CLAMPED_SWIGLU
 
 ROWS_PER_TASK = 128
 """Rows of activations that share one unpacking of weight tiles."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a kernel of many rows goes about its work, which changes its speed and nothing else.
+
+    Attributes:
+        rows_per_task: rows of activations that share one unpacking of weight tiles.
+        row_block: rows that are multiplied at a time in vector registers.
+        tile_registers: multiply in tile registers, where there are any and groups are long enough.
+    """
+
+    rows_per_task: int = ROWS_PER_TASK
+    row_block: int = 4
+    tile_registers: bool = True
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,8 @@ class Linear:
         gated: there is a gate; else the output is activation(up).
         alpha: of the activation `clamped_swiglu`.
         limit: of the activation `clamped_swiglu`.
+        halved: the weight keeps two in four, stored as [N, K / 2] and their places; then four divides K, and
+            `tiles.CHUNK` divides the groups of codes.
     """
 
     outputs: int
@@ -52,6 +69,17 @@ class Linear:
     gated: bool = True
     alpha: float = 1.0
     limit: float = 0.0
+    halved: bool = False
+
+    @property
+    def stored(self) -> int:
+        """Weights of a row that are stored."""
+        return self.inputs // 2 if self.halved else self.inputs
+
+    @property
+    def stored_group(self) -> int:
+        """Weights of a group that are stored."""
+        return self.group_size // 2 if self.halved else self.group_size
 
     @property
     def groups(self) -> int:
@@ -76,7 +104,12 @@ class Linear:
     @property
     def vectors(self) -> int:
         """64-byte vectors of one group of a tile, as stored."""
-        return self.group_size // STEP[self.format]
+        return self.stored_group // STEP[self.format]
+
+    @property
+    def chunks(self) -> int:
+        """Vectors of places of a tile."""
+        return ceil_div(self.inputs, CHUNK) if self.halved else 0
 
     @property
     def columns(self) -> int:
@@ -104,6 +137,7 @@ class Weight:
         per_vector = 4 * ROWS if coded else ROWS
         elements = layer.groups * layer.vectors * per_vector
         self.stored = k.read("weight", (experts * layer.tiles, elements), "uint8" if coded else layer.format)
+        self.places = k.read("places", (layer.tiles, layer.chunks * ROWS), "int32") if layer.halved else None
         groups = (experts * layer.tiles, layer.groups, ROWS)
         self._scale = k.read("scale", groups, layer.scale_dtype) if coded else None
         self.zero = k.read("zero", groups, "uint8") if layer.asymmetric else None

@@ -3,6 +3,10 @@
 One row (`vector`), or the few of a batched decode step: every thread streams its share of the weight tiles once,
 unpacking in registers. Many rows (`matrix`): a thread unpacks two tiles into its cache, then multiplies them with all
 rows, four at a time in vector registers, or 32 at a time in tile registers.
+
+Of weights that keep two in four, a stream multiplies the kept ones with the codes that it picks for them; then the sum
+of codes that a zero point needs is another one for each row, and is taken in the same loop. For many rows the weights
+go back to their places.
 """
 
 from collections.abc import Sequence
@@ -28,16 +32,16 @@ from graphwright.kernels.tir.emit import (
     splat,
     zeros,
 )
+from graphwright.kernels.tir.halves import STORED, dense_quads, picked_codes, words
 from graphwright.kernels.tir.isa import Isa
-from graphwright.kernels.tir.linear import ROWS_PER_TASK, Epilogue, Linear, Weight, clear
+from graphwright.kernels.tir.linear import Epilogue, Linear, Schedule, Weight, clear
 from graphwright.kernels.tir.quantize import CodeBuffers, CodeRow
-from graphwright.kernels.tir.tiles import ROWS, STEP, unsigned_zero
-
-ROW_BLOCK = 4
-"""Rows of activations multiplied at a time."""
+from graphwright.kernels.tir.tiles import CHUNK, ROWS, STEP, unsigned_zero
 
 TILE_BLOCK = amx.BLOCK * ROWS
-"""The same in tile registers."""
+"""Rows of activations multiplied at a time in tile registers."""
+
+DEFAULT = Schedule()
 
 
 def vector(layer: Linear, isa: Isa, lead: Sequence[Index]) -> tirx.PrimFunc:
@@ -49,7 +53,7 @@ def vector(layer: Linear, isa: Isa, lead: Sequence[Index]) -> tirx.PrimFunc:
     return k.function
 
 
-def matrix(layer: Linear, isa: Isa, lead: Sequence[Index]) -> tirx.PrimFunc:
+def matrix(layer: Linear, isa: Isa, lead: Sequence[Index], schedule: Schedule = DEFAULT) -> tirx.PrimFunc:
     """The kernel for any number of rows."""
     rows = product(lead)
     few = 8 if isa.lanes == ROWS else 4
@@ -59,14 +63,14 @@ def matrix(layer: Linear, isa: Isa, lead: Sequence[Index]) -> tirx.PrimFunc:
             with T.Then(), parallel(b.streams) as tile:
                 _stream(b, isa, tile, _clamped(0, few, rows))
             with T.Else():
-                if isa.tiles and amx.depth(b.span):
+                if isa.tiles and schedule.tile_registers and amx.depth(b.span):
                     with T.If(rows >= TILE_BLOCK):
                         with T.Then():
-                            _multiply_tiles(b, isa, rows)
+                            _multiply_tiles(b, isa, rows, schedule)
                         with T.Else():
-                            _multiply(b, isa, rows)
+                            _multiply(b, isa, rows, schedule)
                 else:
-                    _multiply(b, isa, rows)
+                    _multiply(b, isa, rows, schedule)
     return k.function
 
 
@@ -83,34 +87,36 @@ def _clamped(first: Any, count: int, rows: Any) -> list[Any]:
 def _stream(b: "_Buffers", isa: Isa, tile: Any, rows: list[Any]) -> None:
     """Some rows times one tile, or a gate and its up."""
     chosen = [tile, let(tile + b.layer.tiles // 2)] if b.layer.paired else [tile]
-    totals = [_streamed(b, isa, t, rows) for t in chosen]
+    picks = b.weight.places is not None and isa.pick_bytes is not None
+    stream = _streamed_halves if picks else _streamed
+    totals = [stream(b, isa, t, rows) for t in chosen]
     for row, line in zip(rows, zip(*totals, strict=True), strict=True):
         b.finish(row, chosen, list(line), isa.lanes)
 
 
-def _multiply(b: "_Buffers", isa: Isa, rows: Any) -> None:
+def _multiply(b: "_Buffers", isa: Isa, rows: Any, schedule: Schedule) -> None:
     """Any number of rows times the whole weight."""
-    columns = b.layer.columns
-    with parallel(columns * let(ceil_div(rows, ROWS_PER_TASK))) as task:
+    columns, share = b.layer.columns, schedule.rows_per_task
+    with parallel(columns * let(ceil_div(rows, share))) as task:
         chosen = b.layer.tiles_of(let(task % columns))
         unpacked = [_unpacked(b, isa, t) for t in chosen]
-        first = let(task // columns * ROWS_PER_TASK)
-        with loop(ceil_div(minimum(rows - first, tirx.const(ROWS_PER_TASK, "int64")), ROW_BLOCK)) as block:
-            at = _clamped(first + block * ROW_BLOCK, ROW_BLOCK, rows)
+        first = let(task // columns * share)
+        with loop(ceil_div(minimum(rows - first, tirx.const(share, "int64")), schedule.row_block)) as block:
+            at = _clamped(first + block * schedule.row_block, schedule.row_block, rows)
             totals = _row_block(b, isa, at, chosen, unpacked)
             for row, line in zip(at, totals, strict=True):
                 b.finish(row, chosen, line, isa.lanes)
 
 
-def _multiply_tiles(b: "_Buffers", isa: Isa, rows: Any) -> None:
+def _multiply_tiles(b: "_Buffers", isa: Isa, rows: Any, schedule: Schedule) -> None:
     """At least `TILE_BLOCK` rows times the whole weight, in tile registers; a last block overlaps the one before."""
-    columns = b.layer.columns
-    with parallel(columns * let(ceil_div(rows, ROWS_PER_TASK))) as task:
+    columns, share = b.layer.columns, schedule.rows_per_task
+    with parallel(columns * let(ceil_div(rows, share))) as task:
         chosen = b.layer.tiles_of(let(task % columns))
         unpacked = [_signed(b, isa, t) for t in chosen]
-        first = let(task // columns * ROWS_PER_TASK)
+        first = let(task // columns * share)
         amx.configure(amx.depth(b.span))
-        with loop(ceil_div(minimum(rows - first, tirx.const(ROWS_PER_TASK, "int64")), TILE_BLOCK)) as block:
+        with loop(ceil_div(minimum(rows - first, tirx.const(share, "int64")), TILE_BLOCK)) as block:
             at = let(minimum(first + block * TILE_BLOCK, rows - TILE_BLOCK))
             totals = _tile_block(b, isa, at, chosen, unpacked)
             line = [local(ROWS, "float32") for _ in chosen]
@@ -135,6 +141,8 @@ class _Buffers:
         self.spans = ceil_div(layer.inputs, self.span) if self.grouped else layer.groups
         self.quads = self.span // 4
         self.vectors = self.span // STEP[layer.format]
+        # What one turn of a loop over a span reads: a vector of weights, or all weights of a chunk of places.
+        self.turns = self.span // CHUNK if layer.halved else self.vectors
         self.tile_vectors = layer.groups * layer.vectors
         self.streams = layer.width // ROWS if layer.paired else layer.tiles
         k.begin()
@@ -157,7 +165,7 @@ class _Buffers:
 
 def _streamed(b: _Buffers, isa: Isa, tile: Any, rows: list[Any]) -> list[Flat]:
     """Sums of one tile for each of some rows, before the activations' scales."""
-    layer, lanes = b.layer, isa.lanes
+    lanes = isa.lanes
     # A single row has two sums, or every product would wait for the one before it.
     chains = 2 if len(rows) == 1 else 1
     totals = [local(ROWS, "float32") for _ in rows]
@@ -171,16 +179,15 @@ def _streamed(b: _Buffers, isa: Isa, tile: Any, rows: list[Any]) -> list[Flat]:
                 line.put(lane, _start(b, isa, at, lane, b.codes.sum(row, span)), lanes)
                 if chains == 2:
                     line.put(ROWS + lane, zeros("int32", lanes), lanes)
-        with loop(b.vectors) if b.vectors > 16 else T.unroll(0, b.vectors) as v:
-            vector_ = tile * b.tile_vectors + span * b.vectors + v
+        with loop(b.turns) if b.turns > 16 else T.unroll(0, b.turns) as v:
             for lane in range(0, ROWS, lanes):
-                stored = let(b.weight.stored.vec((vector_ * ROWS + lane) * 4, 4 * lanes))
-                for half, weights in enumerate(_nibbles(layer, isa, stored, lanes)):
+                found = _quads(b, isa, tile, span, v, lane)
+                for half, weights in enumerate(found):
                     weights = let(weights)
-                    quad = span * b.quads + v * (STEP[layer.format] // 4) + half
+                    quad = span * b.quads + v * len(found) + half
                     place = half % chains * ROWS + lane
                     for row, line in zip(rows, sums, strict=True):
-                        code = b.codes.quad(row, quad)
+                        code = splat(b.codes.quad(row, quad), lanes)
                         line.put(place, isa.dot(line.vec(place, lanes), weights, code, lanes), lanes)
         for lane in range(0, ROWS, lanes):
             scale = let(b.weight.scale(at, lane, lanes))
@@ -191,18 +198,94 @@ def _streamed(b: _Buffers, isa: Isa, tile: Any, rows: list[Any]) -> list[Flat]:
     return totals
 
 
+def _quads(b: _Buffers, isa: Isa, tile: Any, span: Any, turn: Any, lane: int) -> list[Any]:
+    """Bytes of consecutive quads of columns, from what one turn of a loop over a span reads."""
+    layer, lanes = b.layer, isa.lanes
+    if b.weight.places is not None:
+        return _expanded(b, isa, tile, span, turn, lane)
+    vector_ = tile * b.tile_vectors + span * b.vectors + turn
+    stored = let(b.weight.stored.vec((vector_ * ROWS + lane) * 4, 4 * lanes))
+    return _nibbles(layer, isa, stored, lanes)
+
+
+def _expanded(b: _Buffers, isa: Isa, tile: Any, span: Any, chunk: Any, lane: int) -> list[Any]:
+    """The eight quads of a chunk of a weight that keeps two in four."""
+    layer, lanes = b.layer, isa.lanes
+    number = span * b.turns + chunk
+    places = words(b.weight.places, tile * layer.chunks + number, lane, lanes)
+    zero = let(_zero_bytes(b, isa, b.group(tile, span), lane))
+    found = []
+    for quad, weights in enumerate(_stored_quads(b, isa, tile, number, lane)):
+        found += dense_quads(let(tirx.reinterpret(f"int32x{lanes}", weights)), zero, places, 4 * quad, lanes)
+    return found
+
+
+def _stored_quads(b: _Buffers, isa: Isa, tile: Any, chunk: Any, lane: int) -> list[Any]:
+    """The stored weights of a chunk, four bytes a row."""
+    layer, lanes = b.layer, isa.lanes
+    count = STORED // STEP[layer.format]
+    found: list[Any] = []
+    for v in range(count):
+        vector_ = tile * b.tile_vectors + chunk * count + v
+        stored = let(b.weight.stored.vec((vector_ * ROWS + lane) * 4, 4 * lanes))
+        found += _nibbles(layer, isa, stored, lanes)
+    return found
+
+
+def _zero_bytes(b: _Buffers, isa: Isa, at: Any, lane: int) -> Any:
+    """The byte that stands for zero in group `at` of each row, four times, int32xL."""
+    layer, lanes = b.layer, isa.lanes
+    flip = 128 if isa.signed and layer.format == "int8" else 0
+    if b.weight.zero is None:
+        four = bytes([unsigned_zero(layer.format) ^ flip] * 4)
+        return splat(tirx.const(int.from_bytes(four, "little", signed=True), "int32"), lanes)
+    zero = tirx.Cast(f"int32x{lanes}", b.weight.zero.vec(at * ROWS + lane, lanes))
+    return (zero ^ splat(tirx.const(flip, "int32"), lanes)) * splat(tirx.const(0x01010101, "int32"), lanes)
+
+
+def _streamed_halves(b: _Buffers, isa: Isa, tile: Any, rows: list[Any]) -> list[Flat]:
+    """`_streamed` for a weight that keeps two in four: a sum of products and a sum of the codes that were picked."""
+    lanes = isa.lanes
+    totals = [local(ROWS, "float32") for _ in rows]
+    sums = [local(2 * ROWS, "int32") for _ in rows]
+    for total in totals:
+        clear(total, ROWS, "float32", lanes)
+    ones = splat(tirx.const(1, "uint8"), 4 * lanes)
+    with loop(b.spans) as span:
+        at = let(b.group(tile, span))
+        for line in sums:
+            clear(line, 2 * ROWS, "int32", lanes)
+        with loop(b.turns) if b.turns > 4 else T.unroll(0, b.turns) as turn:
+            chunk = let(span * b.turns + turn)
+            for lane in range(0, ROWS, lanes):
+                places = words(b.weight.places, tile * b.layer.chunks + chunk, lane, lanes)
+                for quad, weights in enumerate(_stored_quads(b, isa, tile, chunk, lane)):
+                    weights = let(weights)
+                    for row, line in zip(rows, sums, strict=True):
+                        eight = b.codes.eight(row, chunk * 4 + quad)
+                        codes = let(picked_codes(isa.pick_bytes, eight, places, quad, lanes))
+                        line.put(lane, isa.dot(line.vec(lane, lanes), weights, codes, lanes), lanes)
+                        line.put(ROWS + lane, isa.dot(line.vec(ROWS + lane, lanes), ones, codes, lanes), lanes)
+        for lane in range(0, ROWS, lanes):
+            scale, zero = let(b.weight.scale(at, lane, lanes)), let(_signed_zero(b, isa, at, lane))
+            for row, total, line in zip(rows, totals, sums, strict=True):
+                products = line.vec(lane, lanes) - zero * line.vec(ROWS + lane, lanes)
+                total.put(lane, total.vec(lane, lanes) + b.scaled(products, scale, row, span, lanes), lanes)
+    return totals
+
+
 def _unpacked(b: _Buffers, isa: Isa, tile: Any) -> Flat:
     """The weights of a tile, one byte each, as [K / 4, 16, 4]; the stored ones where they are bytes already."""
     layer = b.layer
-    if layer.format == "int8":
+    if layer.format == "int8" and not layer.halved:
         return b.weight.stored
-    vectors = b.tile_vectors
-    bytes_ = local(vectors * 2 * 4 * ROWS, "uint8")
-    with loop(vectors) as v:
+    bytes_ = local(layer.groups * layer.group_size * ROWS, "uint8")
+    with loop(b.spans) as span, loop(b.turns) as turn:
         for lane in range(0, ROWS, isa.lanes):
-            stored = let(b.weight.stored.vec((tile * vectors + v) * 4 * ROWS + 4 * lane, 4 * isa.lanes))
-            for half, weights in enumerate(_nibbles(layer, isa, stored, isa.lanes)):
-                bytes_.put((v * 2 + half) * 4 * ROWS + 4 * lane, weights, 4 * isa.lanes)
+            found = _quads(b, isa, tile, span, turn, lane)
+            first = let((span * b.turns + turn) * len(found))
+            for i, weights in enumerate(found):
+                bytes_.put((first + i) * 4 * ROWS + 4 * lane, weights, 4 * isa.lanes)
     return bytes_
 
 
@@ -225,7 +308,7 @@ def _row_block(b: _Buffers, isa: Isa, rows: list[Any], tiles: list[Any], weights
             for lane in range(0, ROWS, lanes):
                 loaded = [let(_bytes(b, isa, w, t, place, lane)) for w, t in zip(weights, tiles, strict=True)]
                 for i, row in enumerate(rows):
-                    code = let(b.codes.quad(row, place))
+                    code = splat(let(b.codes.quad(row, place)), lanes)
                     for j, weight in enumerate(loaded):
                         sums[i][j].put(lane, isa.dot(sums[i][j].vec(lane, lanes), weight, code, lanes), lanes)
         for j, tile in enumerate(tiles):
@@ -242,7 +325,9 @@ def _signed(b: _Buffers, isa: Isa, tile: Any) -> Flat:
     """The weights of a tile minus their zero points as int8 [K / 4, 16, 4]; bytes as they are stored."""
     layer, lanes = b.layer, 4 * ROWS
     if layer.format == "int8":
-        return b.weight.stored
+        return _unpacked(b, isa, tile)
+    if layer.halved:
+        return _signed_halves(b, isa, tile)
     bytes_ = local(b.tile_vectors * 2 * lanes, "int8")
     with loop(layer.groups) as group:
         if b.weight.zero is None:
@@ -255,6 +340,20 @@ def _signed(b: _Buffers, isa: Isa, tile: Any) -> Flat:
             stored = let(b.weight.stored.vec((tile * b.tile_vectors + place) * lanes, lanes))
             for half, weights in enumerate(_nibbles(layer, isa, stored, ROWS)):
                 bytes_.put((place * 2 + half) * lanes, tirx.reinterpret(f"int8x{lanes}", weights - zero), lanes)
+    return bytes_
+
+
+def _signed_halves(b: _Buffers, isa: Isa, tile: Any) -> Flat:
+    """`_signed` for a weight that keeps two in four."""
+    layer, lanes = b.layer, 4 * ROWS
+    bytes_ = local(layer.groups * layer.group_size * ROWS, "int8")
+    with loop(b.spans) as span:
+        zero = let(tirx.reinterpret(f"uint8x{lanes}", _zero_bytes(b, isa, b.group(tile, span), 0)))
+        with loop(b.turns) as turn:
+            found = _quads(b, isa, tile, span, turn, 0)
+            first = let((span * b.turns + turn) * len(found))
+            for i, weights in enumerate(found):
+                bytes_.put((first + i) * lanes, tirx.reinterpret(f"int8x{lanes}", weights - zero), lanes)
     return bytes_
 
 
@@ -283,7 +382,7 @@ def _tile_products(
 ) -> None:
     """Integer products of a block's codes and weights over one span."""
     codes, depth = b.codes.row.bytes, amx.depth(b.span)
-    whole = b.layer.format == "int8"
+    signed = b.layer.format != "int8"
     amx.clear()
     with loop(b.span // depth) as step:
         first = let(span * b.span + step * depth)
@@ -291,9 +390,10 @@ def _tile_products(
             amx.load_codes(part, b.codes.codes, (row + part * ROWS) * codes + first, codes)
         for part in range(amx.BLOCK):
             tile = part % len(tiles)
-            start = tiles[tile] * (b.layer.groups * b.layer.group_size) if whole else 0
+            in_place = weights[tile] is b.weight.stored
+            start = tiles[tile] * (b.layer.groups * b.layer.group_size) if in_place else 0
             amx.load_weights(part, weights[tile], (start + first) * ROWS)
-        amx.multiply(signed_weights=not whole)
+        amx.multiply(signed_weights=signed)
     for part, line in enumerate(products):
         for column, result in enumerate(line):
             amx.store(part, column, result)
@@ -321,9 +421,14 @@ def _flipped(isa: Isa, weights: Any, lanes: int) -> Any:
 
 def _start(b: _Buffers, isa: Isa, at: Any, lane: int, codes_sum: Any) -> Any:
     """-zero * sum(codes): what the sums of a group start from."""
+    return splat(tirx.const(0, "int32") - codes_sum, isa.lanes) * _signed_zero(b, isa, at, lane)
+
+
+def _signed_zero(b: _Buffers, isa: Isa, at: Any, lane: int) -> Any:
+    """What the multiplied bytes of group `at` are more than the weights in steps, int32xL."""
     layer, lanes = b.layer, isa.lanes
     shift = 128 if isa.signed and layer.format == "int8" else 0
     if b.weight.zero is None:
-        return splat(codes_sum * tirx.const(shift - unsigned_zero(layer.format), "int32"), lanes)
+        return splat(tirx.const(unsigned_zero(layer.format) - shift, "int32"), lanes)
     zero = tirx.Cast(f"int32x{lanes}", b.weight.zero.vec(at * ROWS + lane, lanes))
-    return splat(tirx.const(0, "int32") - codes_sum, lanes) * (zero - splat(tirx.const(shift, "int32"), lanes))
+    return zero - splat(tirx.const(shift, "int32"), lanes)

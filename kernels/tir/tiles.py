@@ -9,6 +9,10 @@ product instruction adds four products per row:
 
 Floats stay floats: float32 [N/16, K, 16] as [N/16, K * 16].
 
+Of a weight that keeps two in four, the kept values are such a matrix [N, K/2]. Their places in their groups of four are
+int32 [N/16, K/32, 16]: two bits for each of the 16 values that a row has in 32 columns, those of value 4 i + j in bits
+8 j + 2 i, so that a shift and a mask give the places of four values in the four bytes of a row.
+
 Scales become [N/16, G, 16] and zero points uint8 [N/16, G, 16], offset like the codes. Rows are padded to whole tiles
 with zero scales.
 """
@@ -17,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from graphwright import packing
+from graphwright import packing, sparsity
 
 ROWS = 16
 """Rows of a tile."""
@@ -27,6 +31,15 @@ OFFSET = {"int4": 0, "int8": 128}
 
 STEP = {"int4": 8, "int8": 4, "float32": 1}
 """Weights along K in one 64-byte vector of a tile; a group is a multiple of it."""
+
+
+CHUNK = 32
+"""Columns whose places in a 2:4 weight make one vector; a group of its scales is a multiple of it."""
+
+
+def halves_fit(format: str, group_size: int) -> bool:
+    """Whether a 2:4 weight can be cut into tiles; floats have no format."""
+    return not format or (format in STEP and group_size % CHUNK == 0)
 
 
 def fits(format: str, group_size: int) -> bool:
@@ -64,6 +77,39 @@ def tile_floats(weight: Tensor) -> Tensor:
 def untile_floats(tiles: Tensor, rows: int) -> Tensor:
     """Inverse of `tile_floats`, for `rows` rows."""
     return tiles.unflatten(1, (-1, ROWS)).transpose(1, 2).flatten(0, 1)[:rows]
+
+
+def tile_halves(values: Tensor, format: str, group_size: int) -> Tensor:
+    """Values of `graphwright.sparsity`, [N, 2, K/4] floats or packed [2 N, K/4] codes, as the tiles of a [N, K/2]."""
+    if not format:
+        return tile_floats(values.transpose(1, 2).flatten(1)).contiguous()
+    codes = packing.unpack(values, format, group_size // 4).unflatten(0, (-1, 2)).transpose(1, 2).flatten(1)
+    return tile_codes(packing.pack(codes, format, group_size // 2), format, group_size // 2)
+
+
+def untile_halves(tiles: Tensor, format: str, group_size: int, rows: int) -> Tensor:
+    """Inverse of `tile_halves`, for `rows` rows."""
+    if not format:
+        return untile_floats(tiles, rows).unflatten(1, (-1, 2)).transpose(1, 2).contiguous()
+    codes = packing.unpack(untile_codes(tiles, format, group_size // 2, rows), format, group_size // 2)
+    return packing.pack(codes.unflatten(1, (-1, 2)).transpose(1, 2).flatten(0, 1), format, group_size // 4)
+
+
+def tile_places(places: Tensor, groups: int) -> Tensor:
+    """Places of `graphwright.sparsity` for `groups` groups of four as int32 [N/16, K/32 * 16]."""
+    flat = _padded(sparsity.unpack_places(places, groups).flatten(1))
+    chunks = functional.pad(flat, (0, -flat.shape[1] % (CHUNK // 2))).unflatten(1, (-1, 4, 4)).int()
+    shifts = 2 * torch.arange(4)[:, None] + 8 * torch.arange(4)
+    words = (chunks << shifts).sum((2, 3), dtype=torch.int32)
+    return words.unflatten(0, (-1, ROWS)).transpose(1, 2).flatten(1).contiguous()
+
+
+def untile_places(tiles: Tensor, groups: int, rows: int) -> Tensor:
+    """Inverse of `tile_places`, for `rows` rows."""
+    words = tiles.unflatten(1, (-1, ROWS)).transpose(1, 2).flatten(0, 1)[:rows]
+    shifts = 2 * torch.arange(4)[:, None] + 8 * torch.arange(4)
+    flat = ((words[..., None, None] >> shifts) & 3).flatten(1)[:, : 2 * groups]
+    return sparsity.pack_places(flat.unflatten(1, (-1, 2)))
 
 
 def tile_groups(values: Tensor) -> Tensor:

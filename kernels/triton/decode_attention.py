@@ -65,6 +65,7 @@ def split_attention(
     scale_b, scale_h, zero_b, zero_h, value_scale_b, value_scale_h,
     bias_b, bias_h, bias_s, bias_t, query_positions_b, key_positions_b, pages,
     scale, softcap, window, chunk, prefix,
+    ANCHORS: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CHUNKED: tl.constexpr,
     PREFIXED: tl.constexpr, CAPPED: tl.constexpr, PAGE: tl.constexpr,
@@ -137,7 +138,9 @@ def split_attention(
             bias_at = bias_ptr + batch * bias_b + (head * bias_h + token * bias_s)[:, None] + item[None, :] * bias_t
             bias = tl.load(bias_at, mask=present[:, None] & inside[None, :], other=0.0)
         scores = in_powers_of_two(scores, scale, softcap, bias, slope, query_at, key_at, CAPPED)
-        seen = visible(query_at, key_at, window, chunk, prefix, CAUSAL, WINDOWED, CHUNKED, PREFIXED)
+        seen = visible(
+            query_at, key_at, window, chunk, prefix, CAUSAL, WINDOWED, CHUNKED, PREFIXED, ANCHORS, WINDOW_BLOCK
+        )
         scores = tl.where(seen, scores, float("-inf"))
         if value_scale_ptr is None:
             value = tl.load(value_ptr + value_base[:, None] + value_channel[None, :], mask=value_mask, other=0.0)
@@ -262,6 +265,8 @@ def attention(
     chunk: int = 0,
     prefix: int = 0,
     softcap: float = 0.0,
+    anchors: int = 0,
+    block: int = 0,
     *,
     pages: Pages | None = None,
 ) -> Tensor:
@@ -304,7 +309,7 @@ def attention(
     spread = None if bias is None else bias.expand(batch, heads, length, keys)
     bias_strides = (0, 0, 0, 0) if spread is None else spread.stride()
     quantized = {**_codes("key", key), **_codes("value", value)}
-    block = 16 if rows <= 16 else next_power_of_2(rows)
+    tile = 16 if rows <= 16 else next_power_of_2(rows)
     run(
         Launch(
             split_attention,
@@ -326,12 +331,12 @@ def attention(
                 "HEAD_DIM": dim, "VALUE_DIM": value_dim, "GROUPS": heads // kv_heads,
                 "BLOCK_D": max(16, next_power_of_2(dim)), "BLOCK_V": max(16, next_power_of_2(value_dim)),
                 "CAUSAL": causal, "WINDOWED": window > 0, "CHUNKED": chunk > 0, "PREFIXED": prefix > 0,
-                "CAPPED": softcap > 0, "PAGE": page,
+                "CAPPED": softcap > 0, "PAGE": page, "ANCHORS": anchors, "WINDOW_BLOCK": block,
                 "KEY_BITS": key.bits if isinstance(key, Codes) else 0,
                 "VALUE_BITS": value.bits if isinstance(value, Codes) else 0,
                 "KEY_GROUP": key.group if isinstance(key, Codes) else 0, "FINISH": finish,
             },
-            configs(run.device, block, max(dim, value_dim), query.dtype),
+            configs(run.device, tile, max(dim, value_dim), query.dtype),
             lambda c: (batch * kv_heads, splits),
             lambda c: _work(query, span, dim + value_dim, k, v, c),
             matrix=query.dtype != torch.float32,

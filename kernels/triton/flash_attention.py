@@ -46,7 +46,8 @@ def attend(
     keys, k_t, v_t, bias_s, bias_t, row, length, scale, softcap, window, chunk, prefix,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CHUNKED: tl.constexpr, PREFIXED: tl.constexpr,
-    CAPPED: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAPPED: tl.constexpr, ANCHORS: tl.constexpr, WINDOW_BLOCK: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The online softmax over keys `start` … `end`; MASKED False asserts that every key of them is seen."""
     channel, value_channel = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
@@ -70,7 +71,9 @@ def attend(
             bias = tl.load(bias_ptr + row[:, None] * bias_s + item[None, :] * bias_t, mask=inside, other=0.0)
         scores = in_powers_of_two(scores, scale, softcap, bias, slope, query_at, key_at, CAPPED)
         if MASKED:
-            seen = visible(query_at, key_at, window, chunk, prefix, CAUSAL, WINDOWED, CHUNKED, PREFIXED)
+            seen = visible(
+                query_at, key_at, window, chunk, prefix, CAUSAL, WINDOWED, CHUNKED, PREFIXED, ANCHORS, WINDOW_BLOCK
+            )
             scores = tl.where(seen, scores, float("-inf"))
         value = tl.load(value_ptr + here[:, None] * v_t + value_channel[None, :], mask=value_mask, other=0.0)
         total, largest, mixed = accumulate(scores, value, total, largest, mixed)
@@ -84,7 +87,7 @@ def flash_attention(
     query_positions_b, key_positions_b, scale, softcap, window, chunk, prefix,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CHUNKED: tl.constexpr,
-    PREFIXED: tl.constexpr, CAPPED: tl.constexpr,
+    PREFIXED: tl.constexpr, CAPPED: tl.constexpr, ANCHORS: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head."""
@@ -119,6 +122,7 @@ def flash_attention(
     if key_positions_ptr is not None:
         key_positions_ptr += batch * key_positions_b
         start, end = keys, 0
+        anchor_start, anchor_end = keys, 0
         for first in range(0, keys, 1024):
             item = first + tl.arange(0, 1024)
             key_at = tl.load(key_positions_ptr + item, mask=item < keys, other=-1).to(tl.int32)
@@ -127,6 +131,10 @@ def flash_attention(
             )
             start = tl.minimum(start, tl.min(tl.where(seen, item, keys)))
             end = tl.maximum(end, tl.max(tl.where(seen, item + 1, 0)))
+            if ANCHORS > 0:
+                anchored = (key_at >= 0) & (key_at < ANCHORS)
+                anchor_start = tl.minimum(anchor_start, tl.min(tl.where(anchored, item, keys)))
+                anchor_end = tl.maximum(anchor_end, tl.max(tl.where(anchored, item + 1, 0)))
         start = start // BLOCK_N * BLOCK_N
     else:
         start, end = 0, keys
@@ -141,6 +149,24 @@ def flash_attention(
         if CHUNKED:
             start = tl.maximum(start, first_query // chunk * chunk) // BLOCK_N * BLOCK_N
             end = tl.minimum(end, (last_query // chunk + 1) * chunk)
+        anchor_start, anchor_end = 0, tl.minimum(keys, ANCHORS)
+    if ANCHORS > 0:
+        if not CAUSAL:
+            # An anchor itself sees everything.
+            start = tl.where(first_query < ANCHORS, 0, start)
+            end = tl.where(first_query < ANCHORS, keys, end)
+        # Anchors first, then what follows behind their last block; where the two ranges meet they are one.
+        anchor_end = (anchor_end + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+        meet = start < anchor_end
+        before = tl.where(meet, tl.minimum(anchor_start, start), anchor_start) // BLOCK_N * BLOCK_N
+        total, largest, mixed = attend(
+            before, anchor_end, query, query_at, slope, total, largest, mixed,
+            key_ptr, value_ptr, key_positions_ptr, bias_ptr,
+            keys, k_t, v_t, bias_s, bias_t, row, length, scale, softcap, window, chunk, prefix,
+            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, CAUSAL, WINDOWED, CHUNKED, PREFIXED, CAPPED, ANCHORS, WINDOW_BLOCK,
+            True, BLOCK_N,
+        )  # fmt: skip
+        start = tl.maximum(start, anchor_end)
     if whole:
         # Keys that every query of the block sees need no mask.
         middle = keys // BLOCK_N * BLOCK_N
@@ -150,15 +176,15 @@ def flash_attention(
             start, middle, query, query_at, slope, total, largest, mixed,
             key_ptr, value_ptr, key_positions_ptr, bias_ptr,
             keys, k_t, v_t, bias_s, bias_t, row, length, scale, softcap, window, chunk, prefix,
-            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, CAUSAL, WINDOWED, CHUNKED, PREFIXED, CAPPED, False,
-            BLOCK_N,
+            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, CAUSAL, WINDOWED, CHUNKED, PREFIXED, CAPPED, ANCHORS, WINDOW_BLOCK,
+            False, BLOCK_N,
         )  # fmt: skip
         start = middle
     total, largest, mixed = attend(
         start, end, query, query_at, slope, total, largest, mixed,
         key_ptr, value_ptr, key_positions_ptr, bias_ptr,
         keys, k_t, v_t, bias_s, bias_t, row, length, scale, softcap, window, chunk, prefix,
-        HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, CAUSAL, WINDOWED, CHUNKED, PREFIXED, CAPPED, True,
+        HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, CAUSAL, WINDOWED, CHUNKED, PREFIXED, CAPPED, ANCHORS, WINDOW_BLOCK, True,
         BLOCK_N,
     )  # fmt: skip
     if sinks_ptr is not None:
@@ -206,6 +232,8 @@ def attention(
     chunk: int = 0,
     prefix: int = 0,
     softcap: float = 0.0,
+    anchors: int = 0,
+    block: int = 0,
 ) -> Tensor:
     """See `graphwright.ops.attention`; the result lies in memory as `empty_result` says.
 
@@ -237,11 +265,11 @@ def attention(
                 "HEAD_DIM": head_dim, "VALUE_DIM": value_dim, "GROUPS": heads // key.shape[1],
                 "BLOCK_D": max(16, next_power_of_2(head_dim)), "BLOCK_V": max(16, next_power_of_2(value_dim)),
                 "CAUSAL": causal, "WINDOWED": window > 0, "CHUNKED": chunk > 0, "PREFIXED": prefix > 0,
-                "CAPPED": softcap > 0,
+                "CAPPED": softcap > 0, "ANCHORS": anchors if window or chunk else 0, "WINDOW_BLOCK": block,
             },
             configs(run.device, max(head_dim, value_dim), query.dtype),
             lambda c: (cdiv(length, c["BLOCK_M"]), batch * heads),
-            lambda c: _work(query, keys, value_dim, causal, c),
+            lambda c: _work(query, keys, value_dim, causal, window, anchors, c),
             matrix=query.dtype != torch.float32,
             static=fixed(head_dim, "q_b", "q_h", "q_s", "k_b", "k_h", "k_t")
             | fixed(value_dim, "v_b", "v_h", "v_t"),
@@ -250,11 +278,13 @@ def attention(
     return out
 
 
-def _work(query: Tensor, keys: int, value_dim: int, causal: bool, config: Config) -> Work:
+def _work(query: Tensor, keys: int, value_dim: int, causal: bool, window: int, anchors: int, config: Config) -> Work:
     head_dim = query.shape[3]
     length = min(query.shape[2], config["BLOCK_M"])
     # Half of the scores of a causal block row are never computed, as far as the block's height allows.
     seen = min(keys, keys / 2 + config["BLOCK_M"]) if causal else keys
+    if window:
+        seen = min(seen, config["BLOCK_M"] + (window if causal else 2 * window) + anchors)
     rounded = math.ceil(seen / config["BLOCK_N"]) * config["BLOCK_N"]
     flops = 2 * config["BLOCK_M"] * rounded * (head_dim + value_dim)
     moved = (length + CACHED * rounded) * (head_dim + value_dim) * query.element_size()
@@ -306,6 +336,9 @@ SHAPES: Mapping[str, Callable[[Runner, torch.dtype], Any]] = {
     "head_dim 128 positions": lambda run, dtype: _shape(run, dtype, 128, positions=True),
     "head_dim 128 window, softcap, sinks": lambda run, dtype: _shape(
         run, dtype, 128, window=1024, softcap=30.0, sinks=meta(dtype, 32)
+    ),
+    "head_dim 128 window and anchors": lambda run, dtype: _shape(
+        run, dtype, 128, positions=True, window=256, anchors=4
     ),
     "head_dim 80 causal": lambda run, dtype: _shape(run, dtype, 80),
     "head_dim 256 causal": lambda run, dtype: _shape(run, dtype, 256),

@@ -16,6 +16,7 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 def visible(
     query_at, key_at, window, chunk, prefix,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CHUNKED: tl.constexpr, PREFIXED: tl.constexpr,
+    ANCHORS: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Mask [M, N] from int32 positions [M] and [N]; a negative position is padding."""
     query, key = query_at[:, None], key_at[None, :]
@@ -25,11 +26,18 @@ def visible(
             seen = seen & ((key <= query) | (key < prefix))
         else:
             seen = seen & (key <= query)
+    near = (key >= 0) & (query >= 0)
     if WINDOWED:
-        seen = seen & (query - key < window) & (key - query < window)
+        if WINDOW_BLOCK > 0:
+            apart = (query // WINDOW_BLOCK - key // WINDOW_BLOCK) * WINDOW_BLOCK
+        else:
+            apart = query - key
+        near = near & (apart < window) & (-apart < window)
     if CHUNKED:
-        seen = seen & (query // chunk == key // chunk)
-    return seen
+        near = near & (query // chunk == key // chunk)
+    if ANCHORS > 0:
+        near = near | (key < ANCHORS) | (query < ANCHORS)
+    return seen & near
 
 
 @triton.jit
@@ -37,7 +45,10 @@ def reachable(
     key_at, first_query, last_query, window, chunk, prefix,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CHUNKED: tl.constexpr, PREFIXED: tl.constexpr,
 ):  # fmt: skip
-    """Which keys [N] a query at a position from `first_query` to `last_query` might see: never too few."""
+    """Which keys [N] a query at a position from `first_query` to `last_query` might see: never too few.
+
+    Anchors are left out: they are another range of keys. A block of the window lies within as many single positions.
+    """
     seen = (key_at >= 0) & (last_query >= 0)
     if CAUSAL:
         if PREFIXED:

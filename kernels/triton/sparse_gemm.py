@@ -31,7 +31,7 @@ from graphwright.sparsity import expand
 
 @triton.jit
 def sparse_gemm(
-    x_ptr, values_ptr, places_ptr, bias_ptr, out_ptr, rows, x_row, outputs, groups,
+    x_ptr, values_ptr, places_ptr, bias_ptr, out_ptr, rows, x_row, outputs, groups, place_row,
     EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of the result; BLOCK_K counts groups of four columns."""
@@ -41,6 +41,7 @@ def sparse_gemm(
     inner = tl.arange(0, BLOCK_K)
     x_at = x_ptr + row.to(tl.int64)[:, None] * x_row
     here = output.to(tl.int64)[None, :] * groups
+    places_at = places_ptr + output.to(tl.int64)[None, :] * place_row
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, groups, BLOCK_K):
         group = first + inner
@@ -48,7 +49,8 @@ def sparse_gemm(
         if not EVEN:
             mask = mask & (group[:, None] < groups)
             x_mask = x_mask & (group[None, :] < groups)
-        places = tl.load(places_ptr + here + group[:, None], mask=mask, other=0).to(tl.int32)
+        pair = tl.load(places_at + group[:, None] // 2, mask=mask, other=0).to(tl.int32)
+        places = pair >> (4 * (group[:, None] % 2))
         one = tl.load(values_ptr + 2 * here + group[:, None], mask=mask, other=0.0)
         two = tl.load(values_ptr + 2 * here + groups + group[:, None], mask=mask, other=0.0)
         for place in tl.static_range(4):
@@ -72,7 +74,7 @@ def linear(run: Runner, x: Tensor, values: Tensor, places: Tensor, bias: Tensor 
     check_device(x=x, values=values, places=places, bias=bias)
     flat = rows_of(x)
     rows = flat.shape[0]
-    outputs, groups = places.shape
+    outputs, _, groups = values.shape
     if flat.shape[1] != 4 * groups:
         raise BackendError(f"x has {flat.shape[1]} columns and the weight {4 * groups}")
     out = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
@@ -81,13 +83,14 @@ def linear(run: Runner, x: Tensor, values: Tensor, places: Tensor, bias: Tensor 
         Launch(
             sparse_gemm,
             {"x_ptr": flat, "values_ptr": values, "places_ptr": places, "bias_ptr": bias, "out_ptr": out,
-             "rows": rows, "x_row": flat.stride(0), "outputs": outputs, "groups": groups},
+             "rows": rows, "x_row": flat.stride(0), "outputs": outputs, "groups": groups,
+             "place_row": places.shape[1]},
             {"EVEN": groups % block == 0, "BLOCK_K": block},
             configs(run.device, rows),
             lambda c: (cdiv(rows, c["BLOCK_M"]), cdiv(outputs, c["BLOCK_N"])),
             lambda c: _work(c, groups, x, block),
             matrix=x.dtype != torch.float32,
-            static=frozenset(("x_row", "outputs", "groups")),
+            static=frozenset(("x_row", "outputs", "groups", "place_row")),
         )
     )  # fmt: skip
     return out
@@ -105,13 +108,13 @@ def configs(device: Device, rows: int) -> tuple[Config, ...]:
 
 def _work(config: Config, groups: int, x: Tensor, block: int) -> Work:
     m, n, size = config["BLOCK_M"], config["BLOCK_N"], x.element_size()
-    moved = groups * (n * (2 * size + 1) + m * size)
+    moved = groups * (n * (2 * size + 0.5) + m * size)
     step = block * (n * (2 * size + 1) + 4 * m * size) * max(1, config.num_stages - 1)
-    return Work(8 * m * n * groups, moved, str(x.dtype).removeprefix("torch."), step)
+    return Work(8 * m * n * groups, int(moved), str(x.dtype).removeprefix("torch."), step)
 
 
 def _shape(run: Runner, dtype: torch.dtype, rows: int) -> Tensor:
-    return linear(run, meta(dtype, rows, 4096), meta(dtype, 4096, 2, 1024), meta(torch.uint8, 4096, 1024), None)
+    return linear(run, meta(dtype, rows, 4096), meta(dtype, 4096, 2, 1024), meta(torch.uint8, 4096, 512), None)
 
 
 SHAPES: Mapping[str, Callable[[Runner, torch.dtype], Any]] = {

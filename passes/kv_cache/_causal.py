@@ -49,6 +49,8 @@ def position_nodes(program: Program) -> list[tuple[fx.Node, int]]:
     wanted: dict[fx.Node, fx.Node] = {}
     for node in program.calls(rope.target, aten.embedding.default, quantized_embedding.target):
         source = node.args[0] if node.target is quantized_embedding.target else node.args[1]
+        while isinstance(source, fx.Node) and source.target is aten.clamp.default and source.args[1] is None:
+            source = source.args[0]  # positions with a limit: what is limited follows the cache
         if isinstance(source, fx.Node) and source in domain:
             wanted[source] = node
     return [(node, _offset(program, node, user)) for node, user in wanted.items()]

@@ -5,9 +5,11 @@
 
 With one turn, Q rounds W and A B is the truncated SVD of W - Q (LoRC, Yao et al. 2023, arXiv:2303.08302). LoftQ goes
 on by turns: Q rounds W - A B, and A B follows from the new W - Q. The turn with the least ||W - Q - A B|| is taken.
+The factors may be rounded to 8 bits, one scale per row, as LoRC's are.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -16,6 +18,7 @@ from torch import Tensor, fx
 from graphwright import rounding
 from graphwright.errors import PassError
 from graphwright.factorizer import Factors, factors
+from graphwright.ops import quantized_linear
 from graphwright.pass_ import Paper
 from graphwright.passes.low_rank.svd import Svd
 from graphwright.rewrite import Editor
@@ -24,6 +27,21 @@ from graphwright.scheme import Scheme
 from graphwright.weight_quantizer import IntegerQuantizer, Layer
 
 aten = torch.ops.aten
+
+
+FACTOR = Scheme(format="int8", group_size=0, symmetric=True)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A and B in codes."""
+
+    left: Quantized
+    right: Quantized
+
+    def dense(self) -> Tensor:
+        """A B."""
+        return self.left.dense() @ self.right.dense()
 
 
 class LoftQ(IntegerQuantizer):
@@ -38,6 +56,7 @@ class LoftQ(IntegerQuantizer):
 
     rank: int = Field(16, gt=0, description="columns of A and rows of B")
     turns: int = Field(5, gt=0, description="alternations of rounding and SVD; 1 is LoRC")
+    factor_bits: Literal[0, 8] = Field(0, description="bits of A and B, one scale per row; 0 keeps them")
 
     def solve(self, weight: Tensor, scheme: Scheme, statistics: Any) -> Quantized:
         """The rounded part of the best turn.
@@ -75,12 +94,25 @@ class LoftQ(IntegerQuantizer):
         found = self._factors(weight.float(), quantized.dense())
         users = list(node.users)
         before = users[0]
-        right = editor.weight(f"{layer.name}_right", found.right.to(weight.dtype), before)
-        left = editor.weight(f"{layer.name}_left", found.left.to(weight.dtype), before)
-        thin = editor.call(aten.linear.default, layer.node.args[0], right, before=before)
-        wide = editor.call(aten.linear.default, thin, left, before=before)
+        thin = _factor(editor, f"{layer.name}_right", found.right, layer.node.args[0], weight.dtype, before)
+        wide = _factor(editor, f"{layer.name}_left", found.left, thin, weight.dtype, before)
         total = editor.call(aten.add.Tensor, node, wide, before=before)
         node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
 
-    def _factors(self, weight: Tensor, dense: Tensor) -> Factors:
-        return factors(weight - dense, Svd().scaling(None, weight.shape[1]), self.rank)
+    def _factors(self, weight: Tensor, dense: Tensor) -> Factors | Rounded:
+        found = factors(weight - dense, Svd().scaling(None, weight.shape[1]), self.rank)
+        if not self.factor_bits:
+            return found
+        return Rounded(rounding.quantize(found.left, FACTOR), rounding.quantize(found.right, FACTOR))
+
+
+def _factor(
+    editor: Editor, name: str, factor: Tensor | Quantized, x: fx.Node, dtype: torch.dtype, before: fx.Node
+) -> fx.Node:
+    """The product of x with one factor."""
+    if isinstance(factor, Tensor):
+        return editor.call(aten.linear.default, x, editor.weight(name, factor.to(dtype), before), before=before)
+    codes = editor.weight(f"{name}_{FACTOR.format}", factor.packed, before)
+    scale = editor.weight(f"{name}_scale", factor.grid.scale, before)
+    rest = (None, None, FACTOR.format, factor.group_size)
+    return editor.call(quantized_linear, x, codes, scale, *rest, before=before)

@@ -9,10 +9,11 @@ calibration meets behind the quantized weights. With codes on both sides a backe
 the same x share one rounding.
 """
 
+import re
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, fx
 
 from graphwright import calibration, structure
@@ -44,6 +45,17 @@ class Activations(Pass):
     head: bool = Field(True, description="round the input of the vocabulary head too")
     group_size: int = Field(0, ge=0, description="channels that share a scale; 0: all of a token")
     static: bool = Field(False, description="one scale per tensor, from calibration, instead of one per token")
+    skip: tuple[str, ...] = Field((), description="layers that read their input as it is: patterns of names of weights")
+
+    @field_validator("skip")
+    @classmethod
+    def _patterns(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+        return value
 
     @property
     def calibrates(self) -> bool:
@@ -54,16 +66,10 @@ class Activations(Pass):
         """Rounds the input of every quantized linear layer.
 
         Raises:
-            PassError: the group size does not divide a layer's width, or static scales have nothing to be
-                measured on.
+            PassError: the group size does not divide a layer's width, a pattern names no layer, or static scales have
+                nothing to be measured on.
         """
-        head = structure.head(program)
-        layers: dict[fx.Node, list[fx.Node]] = {}
-        for node in program.calls(quantized_linear.target):
-            source = node.args[0]
-            if isinstance(source, fx.Node) and (node is not head or self.head):
-                self._check(node, source)
-                layers.setdefault(source, []).append(node)
+        layers = self._layers(program)
         peaks = self._peaks(program, context, list(layers)) if self.static else {}
         with Editor(program, self.name, context.fuel) as editor:
             for source, nodes in layers.items():
@@ -77,6 +83,23 @@ class Activations(Pass):
                     editor.replace(node, new, str(node.args[1]))
         return PassResult(program, editor.sites)
 
+    def _layers(self, program: Program) -> dict[fx.Node, list[fx.Node]]:
+        """The layers whose input is rounded, by that input."""
+        head, unmatched = structure.head(program), set(self.skip)
+        layers: dict[fx.Node, list[fx.Node]] = {}
+        for node in program.calls(quantized_linear.target):
+            source = node.args[0]
+            matched = {pattern for pattern in self.skip if re.search(pattern, str(node.args[1]))}
+            unmatched -= matched
+            if isinstance(source, fx.Node) and not matched and (node is not head or self.head):
+                self._check(node, source)
+                layers.setdefault(source, []).append(node)
+        if unmatched:
+            raise PassError(
+                f"No layer's weight matches {', '.join(sorted(unmatched))}", where=f"option skip of pass {self.name}"
+            )
+        return layers
+
     def _round(self, editor: Editor, source: fx.Node, peak: Tensor | None, before: fx.Node) -> fx.Node:
         scale = None
         if peak is not None:
@@ -88,17 +111,17 @@ class Activations(Pass):
         """The largest magnitude of each tensor, [], over the calibration data."""
         order = {node: place for place, node in enumerate(program.graph.nodes)}
         ordered = sorted(sources, key=order.__getitem__)
-        found: dict[fx.Node, Tensor] = {}
-
-        def visit(index: int, collected: Channels) -> dict[fx.Node, Tensor]:
-            smallest = torch.finfo(torch.float32).tiny
-            found[ordered[index]] = collected.largest.amax().clamp_min(smallest)
-            return {}
-
+        smallest = torch.finfo(torch.float32).tiny
         stops = [Stop(node, f"{self.name} {node.name}") for node in ordered]
-        batches = calibration.samples(program, context)
-        calibration.walk(program, batches, stops, Channels, visit, context.progress)
-        return found
+        found = calibration.measure(
+            self,
+            program,
+            context,
+            stops,
+            Channels,
+            lambda _index, collected: {"peak": collected.largest.amax().clamp_min(smallest)},
+        )
+        return {node: one["peak"] for node, one in zip(ordered, found, strict=True)}
 
     def _check(self, node: fx.Node, source: fx.Node) -> None:
         width = int(source.meta["val"].shape[-1])

@@ -23,8 +23,8 @@ from graphwright.scale_search import fold_chosen
 from graphwright.scheme import Scheme
 from graphwright.weight_quantizer import IntegerQuantizer
 
-CHUNK = 1 << 24
-"""Products that the clipping search holds at a time."""
+CHUNK = 1 << 22
+"""Weights whose ranges are searched at a time."""
 
 
 class Awq(IntegerQuantizer):
@@ -38,6 +38,7 @@ class Awq(IntegerQuantizer):
         "2306.00978",
     )
     calibrated = True
+    error_of = "outputs"
 
     steps: int = Field(20, gt=0, description="points of the search for a in [0, 1)")
     clip_steps: int = Field(10, ge=0, description="ranges that are tried; 0 clips nothing")
@@ -50,10 +51,18 @@ class Awq(IntegerQuantizer):
         Raises:
             PassError: see `WeightQuantizer.run`.
         """
-        with Editor(program, self.name, context.fuel) as editor:
-            strengths = fold_chosen(editor, context, self.rows, self._scale)
+        strengths = self.fold(program, context)
         result = super().run(program, context)
         return replace(result, notes={**result.notes, "strengths": strengths})
+
+    def fold(self, program: Program, context: Context) -> dict[str, float]:
+        """Searches and folds the scales, which changes nothing yet; returns every a by the name of its tensor.
+
+        Raises:
+            PassError: there is nothing to calibrate on, or activations are not finite.
+        """
+        with Editor(program, self.name, context.fuel) as editor:
+            return fold_chosen(self, editor, context, self.rows, self._scale)
 
     def collector(self) -> Channels:
         """Rows to compare on."""
@@ -65,8 +74,10 @@ class Awq(IntegerQuantizer):
         grid = rounding.grid(wide, scheme)
         if self.clip_steps:
             inputs = rounding.grouped(statistics.rows, scheme)
-            shrink = torch.cat([self._shrink(rows, inputs, scheme) for rows in self._chunks(wide, inputs)])
-            grid = rounding.grid(wide, scheme, shrink)
+            # A group's share of the output on the kept rows, as a quadratic form of its error.
+            moments = torch.einsum("tgk,tgl->gkl", inputs, inputs)
+            parts = wide.split(max(1, CHUNK // (wide.shape[1] * wide.shape[2])))
+            grid = rounding.grid(wide, scheme, torch.cat([self._shrink(rows, moments, scheme) for rows in parts]))
         return rounding.quantize(weight, scheme, grid)
 
     def error(self, weight: Tensor, quantized: Quantized, statistics: Channels) -> float:
@@ -77,7 +88,7 @@ class Awq(IntegerQuantizer):
     def _scale(self, site: Site, weights: list[Tensor], collected: Channels) -> tuple[float, Tensor | None]:
         """The best a of a site, and its scales [free channels]; None for a = 0."""
         scheme, rows = self.scheme(), collected.rows
-        stacked, moment = torch.cat(weights), rows.t() @ rows
+        stacked = torch.cat(weights)
         mean = site.shared_maximum(collected.mean).clamp(min=1e-4)
         place = site.free[1]
         best: tuple[float, Tensor | None] = (0.0, None)
@@ -86,17 +97,13 @@ class Awq(IntegerQuantizer):
             strength = step / self.steps
             scale = mean**strength
             scale = scale / (scale.max() * scale.min()).sqrt()
-            dense = rounding.quantize(stacked * scale[place], scheme).dense() / scale[place]
-            loss = rounding.output_error(stacked, dense, moment)
+            dense = rounding.nearest(stacked * scale[place], scheme) / scale[place]
+            loss = float((rows @ (dense - stacked).t()).square().sum())
             if loss < lowest:
                 best, lowest = (strength, scale if step else None), loss
         return best
 
-    def _chunks(self, wide: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
-        """Weights [N, G, group_size] in parts whose products with the inputs fit in memory."""
-        return wide.split(max(1, CHUNK // (inputs.shape[0] * inputs.shape[1])))
-
-    def _shrink(self, wide: Tensor, inputs: Tensor, scheme: Scheme) -> Tensor:
+    def _shrink(self, wide: Tensor, moments: Tensor, scheme: Scheme) -> Tensor:
         """The best part of the range of each group, [N, G]; every group is judged by its own share of the output."""
         best = wide.new_ones(wide.shape[:2])
         lowest = torch.full_like(best, torch.inf)
@@ -104,7 +111,7 @@ class Awq(IntegerQuantizer):
             part = 1 - (1 - self.clip_limit) * step / self.clip_steps
             grid: Grid = rounding.grid(wide, scheme, part)
             error = grid.values(grid.codes(wide, scheme.format), scheme.format) - wide
-            loss = torch.einsum("ngk,tgk->ngt", error, inputs).square().sum(-1)
+            loss = torch.einsum("ngk,gkl->ngl", error, moments).mul_(error).sum(-1)
             best = torch.where(loss < lowest, part, best)
             lowest = torch.minimum(lowest, loss)
         return best

@@ -31,6 +31,7 @@ class Gptq(IntegerQuantizer):
         "2210.17323",
     )
     calibrated = True
+    error_of = "outputs"
 
     damping: float = Field(0.01, gt=0, description="part of the Hessian's mean diagonal that is added to it")
     block_size: int = Field(128, gt=0, description="columns between two updates of the rest")

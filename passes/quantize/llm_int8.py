@@ -5,7 +5,8 @@
                                + linear(x[outliers], W[:, outliers])
 
 A channel is an outlier if a calibration token exceeds the threshold in it, so that the choice is fixed in the graph.
-Weights have one scale per row and activations one per token.
+Weights have one scale per row and activations one per token. The weights of experts have 8 bits too, and their
+activations stay in floating point, where outliers do no harm; routers stay as they are.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from torch import Tensor, fx
 
 from graphwright import calibration, rounding, structure
 from graphwright.calibration import Channels, Stop
-from graphwright.ops import quantize_dequantize, quantized_linear
+from graphwright.expert_quantizer import ExpertLayer, expert_layers, install_experts, solve_experts
+from graphwright.ops import moe_routing, quantize_dequantize, quantized_linear
 from graphwright.pass_ import Context, Paper, Pass, PassResult
 from graphwright.program import Program
 from graphwright.rewrite import Editor
@@ -36,7 +38,7 @@ class LlmInt8(Pass):
         "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", "Dettmers et al.", 2022, "2208.07339"
     )
     requires = ("linear",)
-    after = ("merged_linear", "float_dtype", "folded")
+    after = ("merged_linear", "float_dtype", "folded", "experts", "fewer_experts", "shared_experts_fused")
     provides = ("quantized", "quantized_activations")
     conflicts = ("quantized", "quantized_activations")
 
@@ -60,24 +62,27 @@ class LlmInt8(Pass):
         """
         layers: dict[fx.Node, list[tuple[fx.Node, fx.Node]]] = {}
         for node, weight in structure.linears(program):
-            layers.setdefault(node.args[0], []).append((node, weight))
+            if not any(user.target is moe_routing.target for user in node.users):
+                layers.setdefault(node.args[0], []).append((node, weight))
         order = {node: place for place, node in enumerate(program.graph.nodes)}
         sources = sorted(layers, key=order.__getitem__)
-        outliers: dict[fx.Node, Tensor] = {}
-
-        def visit(index: int, collected: Channels) -> dict[fx.Node, Tensor]:
-            outliers[sources[index]] = (collected.largest >= self.threshold).nonzero().flatten()
-            return {}
-
         stops = [Stop(source, f"{self.name} {layers[source][0][1].target}") for source in sources]
-        batches = calibration.samples(program, context)
-        calibration.walk(program, batches, stops, Channels, visit, context.progress)
+        found = calibration.measure(
+            self, program, context, stops, Channels, lambda _index, collected: {"largest": collected.largest}
+        )
+        outliers = {
+            source: (one["largest"] >= self.threshold).nonzero().flatten()
+            for source, one in zip(sources, found, strict=True)
+        }
         split = _Split(Editor(program, self.name, context.fuel))
         with split.editor:
             for source in sources:
                 for node, weight in layers[source]:
                     if split.editor.allow(node):
                         split.layer(node, weight, outliers[source])
+            for mixture in expert_layers(program, lambda _name: SCHEME):
+                if split.editor.allow(mixture.node):
+                    split.experts(mixture, context)
         kept = {str(layers[source][0][1].target): len(found) for source, found in outliers.items()}
         return PassResult(program, split.editor.sites, notes={"outliers": kept}, layer_errors=split.errors)
 
@@ -110,6 +115,17 @@ class _Split:
             chosen = call(aten.index_select.default, source, source.meta["val"].dim() - 1, index, before=node)
             new = call(aten.add.Tensor, new, call(aten.linear.default, chosen, kept, before=node), before=node)
         self.editor.replace(node, new, f"{name}: {len(outliers)} outliers")
+
+    def experts(self, mixture: ExpertLayer, context: Context) -> None:
+        """Rounds the weights of a layer of experts."""
+        solved = solve_experts(
+            self.editor.program,
+            mixture,
+            lambda weight, scheme, _statistics: rounding.quantize(weight, scheme),
+            lambda weight, done, _statistics: rounding.relative_weight_error(weight, done),
+            lambda text: context.progress(f"llm_int8 {text}", 1.0),
+        )
+        self.errors.update(install_experts(self.editor, mixture, solved))
 
     def _inliers(self, source: fx.Node, outliers: Tensor, before: fx.Node) -> fx.Node:
         """The rounded activations without outliers, which would widen the scale of every token."""

@@ -16,7 +16,7 @@ from graphwright.ops import quantize_dequantize
 from graphwright.pass_ import Context, Paper, Pass, PassResult
 from graphwright.program import Program
 from graphwright.rewrite import Editor
-from graphwright.rounding import quantize
+from graphwright.rounding import nearest
 from graphwright.scale_search import fold_chosen
 from graphwright.scheme import Scheme
 
@@ -55,7 +55,7 @@ class Smoothquant(Pass):
             PassError: there is nothing to calibrate on, or activations are not finite.
         """
         with Editor(program, self.name, context.fuel) as editor:
-            strengths = fold_chosen(editor, context, ROWS, self._scale)
+            strengths = fold_chosen(self, editor, context, ROWS, self._scale)
         return PassResult(program, editor.sites, notes={"strengths": strengths})
 
     def _scale(self, site: Site, weights: list[Tensor], collected: Channels) -> tuple[float, Tensor]:
@@ -80,6 +80,6 @@ class Smoothquant(Pass):
 
 
 def _loss(rows: Tensor, weight: Tensor, expected: Tensor, scale: Tensor) -> float:
-    smooth = quantize(weight * scale, Scheme(format="int8", group_size=0, symmetric=True, scale_dtype="float32"))
+    smooth = nearest(weight * scale, Scheme(format="int8", group_size=0, symmetric=True, scale_dtype="float32"))
     rounded = quantize_dequantize.reference(rows / scale, None, "int8", 0)
-    return float((rounded @ smooth.dense().t() - expected).square().sum())
+    return float((rounded @ smooth.t() - expected).square().sum())

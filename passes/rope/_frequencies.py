@@ -8,7 +8,7 @@ Rotations of attention with a sliding window stay: it sees no distances that it 
 """
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -52,22 +52,26 @@ class RopeScaling(Pass):
         ropes = [node for node in program.calls(rope.target) if not _windowed(node)]
         self._refuse(program, ropes)
         old = program.metadata.context_length
-        made: dict[str, str] = {}
+        made: dict[Any, Any] = {}
         with Editor(program, self.name, context.fuel) as editor:
             for node in ropes:
                 if not editor.allow(node):
                     break
-                source = argument(node, "inv_freq")
-                name = str(source.target)
-                if name not in made:
-                    wide = self.scaled(program.weight(name).float(), old)
-                    made[name] = str(editor.weight(f"{name}_scaled", wide, before=node).target)
+                name = str(argument(node, "inv_freq").target)
                 rest = (self.temperature, argument(node, "interleaved"))
-                frequencies = editor.read(made[name], before=node)
+                frequencies = self.frequencies(editor, node, old, made)
                 new = editor.call(rope, node.args[0], argument(node, "positions"), frequencies, *rest, before=node)
                 editor.replace(node, new, name)
         longer = _lengthened(program, int(old * self.factor))
         return PassResult(longer, editor.sites, notes={"context_length": [old, int(old * self.factor)]})
+
+    def frequencies(self, editor: Editor, node: fx.Node, context_length: int, made: dict[Any, Any]) -> fx.Node:
+        """The new frequencies of the rope `node`, in the graph just before it; `made` is shared by all ropes."""
+        name = str(argument(node, "inv_freq").target)
+        if name not in made:
+            wide = self.scaled(editor.program.weight(name).float(), context_length)
+            made[name] = str(editor.weight(f"{name}_scaled", wide, before=node).target)
+        return editor.read(made[name], before=node)
 
     def _refuse(self, program: Program, ropes: list[fx.Node]) -> None:
         if not ropes:

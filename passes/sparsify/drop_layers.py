@@ -52,6 +52,9 @@ class DropLayers(Pass):
     provides = ("fewer_layers",)
 
     count: int = Field(1, gt=0, description="layers to remove")
+    ratio: float = Field(
+        0.0, ge=0, lt=1, description="part of the layers to remove, rounded down; 0 leaves it to count"
+    )
 
     @property
     def calibrates(self) -> bool:
@@ -66,15 +69,16 @@ class DropLayers(Pass):
         """
         refuse_after(self, program, ("kv_cache", "explicit_kv_cache"))
         found = layers(program)
-        if self.count >= len(found):
+        count = max(1, int(self.ratio * len(found))) if self.ratio else self.count
+        if count >= len(found):
             raise PassError(
-                f"{self.count} layers are to go and the program has {len(found)} that can",
+                f"{count} layers are to go and the program has {len(found)} that can",
                 fix=f"The nearest count that is legal is {len(found) - 1}"
                 if len(found) > 1
                 else "Prune channels or heads instead",
             )
         influence = self._influence(program, context, found)
-        chosen = sorted(range(len(found)), key=lambda index: influence[index])[: self.count]
+        chosen = sorted(range(len(found)), key=lambda index: influence[index])[:count]
         with Editor(program, self.name, context.fuel) as editor:
             removed = [index for index in sorted(chosen) if editor.allow(found[index][1])]
             # From the last to the first, or a layer would read what is gone.

@@ -1,7 +1,8 @@
 """Structured pruning of attention heads: a key-value head goes with all the query heads that read it.
 
-So the ratio of query to key-value heads stays what it was, in each layer. Where a family computes heads in a way
-whose rows cannot be followed, they stay, and the report says why.
+So the ratio of query to key-value heads stays what it was, in each layer. Where all query heads read one key-value head
+(multi-query attention), that one stays and query heads go one by one. Where a family computes heads in a way whose rows
+cannot be followed, they stay, and the report says why.
 """
 
 from graphwright.dependency import Group, head_groups
@@ -15,8 +16,8 @@ class PruneHeads(UnitPruner):
 
     name = "prune_heads"
     paper = Paper("LLM-Pruner: On the Structural Pruning of Large Language Models", "Ma et al.", 2023, "2305.11627")
-    what = "key-value heads"
+    what = "groups of heads"
 
     def groups(self, program: Program) -> tuple[list[Group], list[str]]:
-        """Key-value heads with their query heads."""
+        """Key-value heads with their query heads, or query heads alone."""
         return head_groups(program)

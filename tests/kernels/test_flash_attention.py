@@ -52,6 +52,10 @@ MASKS = [
     {"causal": True, "chunk": 33},
     {"causal": True, "prefix": 50},
     {"causal": True, "window": 20, "softcap": 3.0},
+    {"causal": True, "window": 20, "anchors": 3},
+    {"causal": True, "window": 24, "anchors": 20, "block": 8},
+    {"causal": False, "window": 16, "anchors": 5, "block": 8},
+    {"causal": True, "chunk": 33, "anchors": 2},
 ]
 
 

@@ -109,6 +109,8 @@ def test_mixed_widths_and_patterns_are_looked_into() -> None:
     sparse = Recipe.load({"passes": [{"magnitude": {"ratio": 0.5}}, "compress_sparse"]})
     with pytest.raises(RecipeError, match="no form for weights without their zeros.*decompose=true"):
         FORMAT.recipe(sparse, OnnxOptions())
+    coded = Recipe.load({"passes": [{"magnitude": {"ratio": 0.5}}, "rtn", "compress_sparse"]})
+    assert [one.name for one in FORMAT.recipe(coded, OnnxOptions()).passes] == ["magnitude", "rtn"]
 
 
 def test_a_missing_runtime_is_named_before_the_model_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

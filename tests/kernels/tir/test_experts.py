@@ -5,10 +5,20 @@ import torch
 from kernels.tir.running import nowhere, run, size
 
 from graphwright.backends.tvm.expert_layout import tiled_stack
-from graphwright.kernels.tir.experts import Routing, combine, expert_linear, route, sort_choices
+from graphwright.kernels.tir.experts import (
+    Limit,
+    Routing,
+    choose_tokens,
+    combine,
+    expert_linear,
+    limit_choices,
+    route,
+    sort_choices,
+)
 from graphwright.kernels.tir.linear import Linear
 from graphwright.numerics import relative_error
-from graphwright.ops import experts, moe_routing, quantized_experts
+from graphwright.ops import expert_capacity, expert_choice, experts, moe_routing, quantized_experts
+from graphwright.ops.expert_capacity import ratio
 from graphwright.ops.experts import CLAMPED_SWIGLU
 from graphwright.rounding import quantize
 from graphwright.scheme import Scheme
@@ -37,6 +47,48 @@ def test_routing_equals_the_op(count, top_k, scoring, normalize, groups, top_gro
         expected, chosen = moe_routing(logits, bias, *given)
         assert torch.equal(indices, chosen)
         assert relative_error(weights, expected) < 1e-6
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_merged_removed_skipped_and_shared_experts(top_k):
+    torch.manual_seed(0)
+    stored = torch.tensor([0, 1, -1, 1, 2, 3])
+    for rows in (1, 9):
+        logits, gate, bias = torch.randn(rows, 6), torch.rand(rows, 1), torch.randn(6) * 0.1
+        given = (top_k, "softmax", True, 1.5, 1, 1)
+        routing = Routing(6, *given, True, True, 0.6, 2, 4, True)
+        weights, indices = nowhere(rows, top_k + 2), torch.zeros(rows, top_k + 2, dtype=torch.int64)
+        run(route(routing, size("rows")), logits, bias, stored, gate, weights, indices)
+        expected, chosen = moe_routing(logits, bias, *given, stored, 0.6, 2, 4, gate)
+        assert torch.equal(indices, chosen)
+        assert relative_error(weights, expected) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (17, 2), (3, 11, 2)])
+@pytest.mark.parametrize("limit", [(2, 0.0, True), (0, 1.25, True), (0, 0.7, False)])
+def test_capacity_equals_the_op(shape, limit):
+    torch.manual_seed(0)
+    weights, indices = torch.rand(shape), torch.randint(-1, 4, shape)
+    names = [size(f"size_{place}") for place in range(len(shape) - 1)]
+    kept, chosen, dropped = nowhere(*shape), torch.zeros(shape, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+    described = Limit(4, limit[0], ratio(limit[1]), limit[2])
+    run(limit_choices([*names, shape[-1]], described), weights, indices, kept, chosen, dropped)
+    for found, expected in zip((kept, chosen, dropped), expert_capacity(weights, indices, 4, *limit), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (17, 4), (2, 11, 5)])
+@pytest.mark.parametrize("limit", [(3, 0.0, True), (0, 2.0, True)])
+def test_expert_choice_equals_the_op(shape, limit):
+    torch.manual_seed(0)
+    logits = torch.randn(shape)
+    names = [size(f"size_{place}") for place in range(len(shape) - 1)]
+    weights, indices, scores = nowhere(*shape), torch.zeros(shape, dtype=torch.int64), nowhere(*shape)
+    described = Limit(shape[-1], limit[0], ratio(limit[1]), limit[2])
+    run(choose_tokens([*names, shape[-1]], described), logits, weights, indices, scores)
+    expected, chosen = expert_choice(logits, *limit)
+    assert torch.equal(indices, chosen)
+    assert relative_error(weights, expected) < 1e-6
 
 
 def test_choices_are_sorted_and_idle_experts_left_out():
@@ -68,6 +120,7 @@ def mixture(case: tuple, rows: int, lanes: int) -> float:
     indices = torch.rand(rows, count).argsort(-1)[:, :top_k].contiguous()
     # The last expert is chosen by every token, and has more rows than a block.
     indices[:, 1] = torch.where(indices[:, 0] == count - 1, 0, count - 1)
+    indices[2::3, 0] = -1  # dropped
     shares = torch.rand(rows, top_k)
     rest = (activation, gated, 1.7, 0.5)
     if format == "float32":
@@ -103,7 +156,7 @@ def mixture(case: tuple, rows: int, lanes: int) -> float:
     down_kernel = expert_linear(second, count, (same, padded), same, 0, lanes)
     run(down_kernel, middle, *tiled[1].tensors, *plan, *tiled[1].bias, outer)
     out = nowhere(rows, outputs)
-    run(combine(size("tokens"), size("choices"), top_k, outputs), outer, shares, out)
+    run(combine(size("tokens"), size("choices"), top_k, outputs), outer, shares, indices, out)
     return relative_error(out, expected)
 
 

@@ -150,7 +150,9 @@ def test_illegal_orders_and_bad_input_are_refused():
     _, pruned = run(["magnitude"])
     with pytest.raises(PassError, match="svd would undo magnitude.*sparse already"):
         run(["svd"], program=pruned)
-    _, both = run(["magnitude", "svd"])
+    with pytest.raises(RecipeError, match="lists magnitude before svd, which must come first"):
+        run(["magnitude", "svd"])
+    _, both = run(["svd", "magnitude"])
     assert [r.name for r in both.history][-2:] == ["svd", "magnitude"]
     with pytest.raises(RecipeError, match="ratio is 1"):
         Recipe.load({"passes": [{"svd": {"ratio": 1}}]})
@@ -187,6 +189,20 @@ def test_compensated_layers_run_with_caches_and_err_less(name):
     assert kl[0] < kl[1]
     inner = len(list(after.calls(quantized_linear.target))) - 1
     assert len(linears(after)) == 2 * inner
+
+
+def test_factors_of_a_compensation_may_be_rounded(tmp_path):
+    options = {"bits": 2, "group_size": 32, "rank": 8}
+    weight = layer(40, 96)[0]
+    plain, narrow = LoftQ(**options), LoftQ(**options, factor_bits=8)
+    done = narrow.solve(weight, narrow.scheme(), None)
+    assert narrow.error(weight, done, None) == pytest.approx(plain.error(weight, done, None), rel=0.02)
+    _, wide = run(["merge_linear", {"loftq": options}])
+    _, after = run(["merge_linear", {"loftq": {**options, "factor_bits": 8}}, "static_cache"])
+    assert not linears(after)
+    assert sum(t.nbytes for t in after.weights().values()) < 0.8 * sum(t.nbytes for t in wide.weights().values())
+    after.save(tmp_path)
+    assert Program.load(tmp_path).text(shapes=False) == after.text(shapes=False)
 
 
 def test_a_rank_that_is_no_rank_is_refused():

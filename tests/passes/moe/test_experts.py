@@ -188,6 +188,31 @@ def test_plain_loops(module: nn.Module) -> None:
     same(program, module)
 
 
+class Unequal(Loop):
+    """Experts of different widths, which no stack holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts[1] = nn.Sequential(nn.Linear(WIDTH, 7), nn.ReLU(), nn.Linear(7, WIDTH))
+
+
+def test_experts_of_unequal_shape_stay_and_are_reported() -> None:
+    module = Unequal()
+    program = run(captured_loop(module), "experts")
+    assert not list(program.calls(experts.target))
+    assert "on rows that a condition chose" in program.history[-1].notes["left"][0]
+    same(program, module)
+
+
+def test_stacks_of_unequal_number_are_not_experts() -> None:
+    module = Stacked(lambda logits: logits.softmax(-1).topk(2))
+    module.down = nn.Parameter(torch.empty(COUNT + 1, WIDTH, INNER))
+    program = run(captured_loop(module), "experts")
+    assert not list(program.calls(experts.target))
+    assert "weights go in" in program.history[-1].notes["left"][0]
+    same(program, module)
+
+
 def test_a_loop_that_drops_tokens_is_not_taken_for_one_that_does_not() -> None:
     with pytest.raises(CaptureError, match="DroppingOverHit cannot be captured"):
         captured_loop(DroppingOverHit())
@@ -272,16 +297,6 @@ def test_packed_experts_equal_dequantized_ones(name: str, options: dict) -> None
         stored = (up, up_scale, up_zero, up_bias, down, down_scale, down_zero, down_bias)
         found = quantized_experts(*routed, *stored, *node.args[11:])
         assert relative_error(found, expected) < 1e-5
-
-
-def test_a_calibrated_method_says_that_experts_are_rounded_to_nearest() -> None:
-    program = capture(build("mixtral"))
-    recipe = Recipe.load({"passes": ["experts", {"gptq": {"group_size": 32}}]})
-    context = Context(Target.parse("cpu"))
-    context.calibration = [{"input_ids": torch.randint(3, VOCAB_SIZE, (2, 16))}]
-    program = PassManager(context).run(program, plan_passes(recipe, program))
-    assert program.history[-1].notes["experts"] == "rounded to nearest, not calibrated"
-    assert len(list(program.calls(quantized_experts.target))) == 2
 
 
 def test_two_formats_in_one_layer_are_refused() -> None:

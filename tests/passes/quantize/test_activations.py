@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphwright.capture import capture
+from graphwright.errors import PassError
 from graphwright.manager import PassManager, plan_passes
 from graphwright.numerics import relative_error
 from graphwright.ops import quantize_dequantize, quantized_linear
@@ -66,3 +67,17 @@ def test_the_error_is_that_of_the_rounding():
     expected = quantized_linear(quantize_dequantize(x, None, "int8", 0), weight, scale, zero, bias, "int8", 64)
     assert torch.equal(before(**inputs)[0], expected)
     assert 0 < relative_error(expected, program(**inputs)[0]) < 0.02
+
+
+def test_layers_may_keep_their_inputs():
+    eight = {"rtn": {"bits": 8, "group_size": 0, "symmetric": True}}
+    program = captured("llama")[1]
+    recipe = Recipe.load({"passes": [eight, {"activations": {"skip": ["down_proj", "lm_head"]}}]})
+    after = PassManager(Context(CPU)).run(program, plan_passes(recipe, program))
+    for node in after.calls(quantized_linear.target):
+        kept = any(name in str(node.args[1]) for name in ("down_proj", "lm_head"))
+        assert (node.args[0].target is quantize_dequantize.target) is not kept
+    with pytest.raises(PassError, match="No layer's weight matches nothing"):
+        PassManager(Context(CPU)).run(
+            program, plan_passes(Recipe.load({"passes": [eight, {"activations": {"skip": ["nothing"]}}]}), program)
+        )

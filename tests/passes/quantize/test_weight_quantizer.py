@@ -7,12 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from passes.quantize.quantizing import run
+from report.made import report
 
 from graphwright import rounding
-from graphwright.allocation import Option, frontier, within
+from graphwright.allocation import Option, frontier, reaching, within
 from graphwright.errors import PassError
 from graphwright.ops import quantized_linear
 from graphwright.passes.quantize.hqq import Hqq
+from graphwright.passes.quantize.rtn import Rtn
+from graphwright.report.frontier import frontier_charts
+from graphwright.report.html import render
 from graphwright.scheme import Scheme
 
 aten = torch.ops.aten
@@ -97,6 +101,7 @@ def test_the_frontier_is_exact(layers):
         chosen = [layer[index] for layer, index in zip(options, point.chosen, strict=True)]
         assert (sum(o.bytes for o in chosen), sum(o.loss for o in chosen)) == (point.bytes, point.loss)
         assert within(points, point.bytes) is point
+        assert reaching(points, point.loss) is point
 
 
 def test_a_budget_that_cannot_be_met_is_refused():
@@ -104,6 +109,12 @@ def test_a_budget_that_cannot_be_met_is_refused():
         within(frontier([[Option(3, 0.0)]]), 2)
     with pytest.raises(PassError, match="layers take at least"):
         run([{"rtn": {**SMALL, "mixed_bits": 2.1}}])
+    with pytest.raises(PassError, match="lose at least 1"):
+        reaching(frontier([[Option(3, 1.0)]]), 0.5)
+    with pytest.raises(PassError, match="the layers lose at least"):
+        run([{"rtn": {**SMALL, "mixed_error": 1e-6}}])
+    with pytest.raises(ValueError, match="two budgets"):
+        Rtn(mixed_bits=4.0, mixed_error=0.1)
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
@@ -120,3 +131,36 @@ def test_mixed_precision_spends_its_budget_where_it_helps(method):
     weights = sum(t.numel() for name, t in uniform.weights().items() if name.endswith("int3")) * 8 / 3
     assert codes * 8 / weights <= 4.25
     assert sum(record.notes["layer_errors"].values()) < sum(uniform.history[-1].notes["layer_errors"].values())
+
+
+def test_an_error_budget_is_met_with_as_few_bits_as_can_be():
+    found = {}
+    for limit in (0.05, 0.15):
+        _, mixed = run([{"rtn": {**SMALL, "mixed_error": limit}}])
+        notes = mixed.history[-1].notes
+        bits, loss = notes["chosen"]
+        assert loss**0.5 <= limit
+        cheaper = [error for b, error in notes["frontier"] if b < bits - 1e-9]
+        assert all(error**0.5 > limit for error in cheaper)
+        found[limit] = bits
+    assert found[0.15] < found[0.05]
+
+
+def test_the_report_draws_the_frontier_and_says_what_was_chosen():
+    before, mixed = run([{"rtn": {**SMALL, "mixed_bits": 4.25}}])
+    made = report(before, mixed)
+    (chart,) = frontier_charts(made)
+    points = [tuple(map(float, point.split(","))) for point in chart.path[1:].split("L")]
+    assert len(points) == len(mixed.history[-1].notes["frontier"]) > 5
+    # More bits lie to the right, less error below.
+    assert points == sorted(points)
+    assert [y for _, y in points] == sorted(y for _, y in points)
+    # The figure chosen lies on the line, between the points before and after it.
+    left, right = max(p for p in points if p[0] <= chart.x), min(p for p in points if p[0] >= chart.x)
+    assert left[1] <= chart.y <= right[1]
+    page = render(made)
+    assert chart.path in page
+    assert chart.text in page
+    assert "4.2" in chart.text
+    bits, _ = mixed.history[-1].notes["chosen"]
+    assert f"{bits:.2f} bits per weight" in chart.text

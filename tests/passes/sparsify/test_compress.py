@@ -4,50 +4,82 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from passes.quantize.quantizing import run
+from passes.quantize.quantizing import batches, run
 
 from graphwright.ops import quantized_linear, sparse_linear
 from graphwright.program import Program
-from graphwright.sparsity import from_bitmask, to_bitmask
+from graphwright.sparsity import blocks_kept, from_blocks, to_blocks
+from graphwright.structure import head
 
 
-@given(rows=st.integers(1, 9), width=st.integers(1, 40), kept=st.floats(0, 1))
+@given(
+    rows=st.integers(1, 5),
+    columns=st.integers(1, 9),
+    block=st.sampled_from([(1, 1), (4, 8), (3, 5)]),
+    kept=st.floats(0, 1),
+)
 @settings(deadline=None, max_examples=40)
-def test_bitmask_round_trip(rows, width, kept):
-    generator = torch.Generator().manual_seed(width)
-    weight = torch.randn(rows, width, generator=generator) * (torch.rand(rows, width, generator=generator) < kept)
-    assert torch.equal(from_bitmask(*to_bitmask(weight), width), weight)
+def test_blocks_are_undone_bit_for_bit(rows, columns, block, kept):
+    shape = rows * block[0], columns * block[1]
+    generator = torch.Generator().manual_seed(columns)
+    weight = torch.randn(*shape, generator=generator) * (torch.rand(*shape, generator=generator) < kept)
+    values, places = to_blocks(weight, weight != 0, *block)
+    assert torch.equal(from_blocks(values, blocks_kept(places, columns), *block), weight)
+    stored_blocks = weight.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0])).ne(0).any(3).any(1).sum()
+    assert values.numel() == int(stored_blocks) * block[0] * block[1]
 
 
 def stored(program: Program) -> int:
     return sum(tensor.nbytes for tensor in program.weights().values())
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-def test_pruned_layers_get_smaller_and_stay_what_they_were(name, pattern, tmp_path):
+@pytest.mark.parametrize(
+    ("pattern", "layout"), [("unstructured", "1x1"), ("4:8", "1x1"), ("2:4", "2:4"), ("8x16", "8x16"), ("16x4", "16x4")]
+)
+def test_pruned_layers_get_smaller_and_stay_what_they_were(pattern, layout, tmp_path):
     passes = ["merge_linear", {"magnitude": {"pattern": pattern}}, "static_cache"]
-    _, pruned = run(passes, name)
-    _, after = run([*passes, "compress_sparse"], name)
+    _, pruned = run(passes)
+    _, after = run([*passes, "compress_sparse"])
     record = after.history[-1]
     assert record.error < 1e-5
     assert stored(pruned) - stored(after) == record.notes["bytes_saved"] > 0
-    assert "none on this target" in record.notes["kernel"]
-    (layout,) = {node.args[6] for node in after.calls(sparse_linear.target)}
-    assert layout == ("2:4" if pattern == "2:4" else "bitmask")
+    assert record.notes["layouts"] == {layout: len(list(after.calls(sparse_linear.target)))}
+    assert ("none for" in record.notes.get("kernel", "")) == (layout != "2:4")
+    for node in after.calls(sparse_linear.target):
+        rows, width = node.args[9], node.args[0].meta["val"].shape[-1]
+        weights = sum(after.weight(node.args[place]).nbytes for place in (1, 2))
+        if layout == "2:4":
+            assert weights * 8 == rows * width * 17
+        if layout == "8x16":
+            assert weights == rows * width * 4 // 2 + rows // 8 * -(-width // 16 // 8)
     after.save(tmp_path)
     assert Program.load(tmp_path).text(shapes=False) == after.text(shapes=False)
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_eight_bit_halves(symmetric):
-    options = {"bits": 8, "group_size": 32, "symmetric": symmetric}
-    _, after = run(["compress_sparse", {"rtn": options}, {"magnitude": {"pattern": "2:4"}}])
+@pytest.mark.parametrize(("bits", "symmetric"), [(8, True), (8, False), (4, True), (4, False)])
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+def test_codes_lose_their_zeros_too(bits, symmetric, pattern):
+    options = {"bits": bits, "group_size": 32, "symmetric": symmetric}
+    passes = [{"magnitude": {"pattern": pattern, "ratio": None if pattern == "2:4" else 0.6}}, {"rtn": options}]
+    _, after = run([*passes, "compress_sparse"])
     record = after.history[-1]
     assert record.name == "compress_sparse"
     assert record.error < 1e-5
     assert len(list(after.calls(sparse_linear.target))) == 14
     assert len(list(after.calls(quantized_linear.target))) == 1
+    node = next(iter(after.calls(sparse_linear.target)))
+    per_weight = sum(after.weight(node.args[place]).nbytes for place in (1, 2)) * 8 / 64 / node.args[9]
+    # Half the values and a bit each; of single weights what is left after rounding, at most two fifths.
+    assert per_weight == bits / 2 + 1 if pattern == "2:4" else per_weight <= bits * 0.42 + 1
+
+
+def test_the_joint_solve_in_four_bits_takes_three():
+    joint = {"sparse_gptq": {"pattern": "2:4", "bits": 4, "group_size": 32}}
+    _, dense = run([joint], calibration=batches(2))
+    _, after = run([joint, "compress_sparse"], calibration=batches(2))
+    assert after.history[-1].error < 1e-5
+    codes = sum(dense.weight(n.args[1]).nbytes for n in dense.calls(quantized_linear.target) if n is not head(dense))
+    assert after.history[-1].notes["bytes_saved"] == codes // 4
 
 
 def test_what_would_not_get_smaller_stays():

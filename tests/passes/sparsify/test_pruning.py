@@ -4,14 +4,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from passes.quantize.quantizing import correlated, hessian, run
+from passes.quantize.quantizing import CPU, batches, correlated, hessian, run
 
 from graphwright import rounding
 from graphwright.calibration import Hessian
 from graphwright.errors import PassError, RecipeError
+from graphwright.manager import PassManager, plan_passes
 from graphwright.ops import quantized_linear
 from graphwright.packing import dequantize
+from graphwright.pass_ import Context
 from graphwright.passes.quantize.gptq import Gptq
+from graphwright.passes.quantize.rtn import Rtn
 from graphwright.passes.sparsify.magnitude import Magnitude
 from graphwright.passes.sparsify.sparse_gptq import SparseGptq
 from graphwright.passes.sparsify.sparsegpt import SparseGpt
@@ -150,8 +153,8 @@ def test_every_layer_but_the_head_of_a_family_is_pruned(name, passes):
 
 
 @pytest.mark.parametrize("quantizer", ["rtn", "gptq", "awq", "nf4"])
-def test_quantizing_comes_later_and_keeps_the_zeros_whatever_the_recipe_says(quantizer):
-    _, after = run([quantizer, {"wanda": {"pattern": "2:4"}}, "merge_linear"])
+def test_quantizing_comes_later_and_keeps_the_zeros(quantizer):
+    _, after = run([{"wanda": {"pattern": "2:4"}}, quantizer, "merge_linear"])
     assert [r.name for r in after.history][-3:] == ["merge_linear", "wanda", quantizer]
     for node in after.calls(quantized_linear.target):
         if node is head(after):
@@ -188,6 +191,44 @@ def test_illegal_orders_are_refused():
 def test_bad_options_are_refused_when_the_recipe_is_read(name, options, message):
     with pytest.raises(RecipeError, match=message):
         Recipe.load({"passes": [{name: options}]})
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4:8", "8x16"])
+def test_errors_are_the_scores_of_what_was_removed(pattern):
+    # Without an update the squared error of the weight, and with independent inputs that of the output, are sums.
+    weight, _ = layer()
+    pruned = Magnitude(pattern=pattern).prune(weight, None)
+    kept = Pattern.parse(pattern).keep(weight.square(), 0.5)
+    assert float((weight - pruned).square().sum()) == pytest.approx(float(weight.square()[~kept].sum()), rel=1e-5)
+    norms = torch.linspace(0.1, 3, 96)
+    statistics = Hessian(torch.diag(norms.square()), 1)
+    scores = (weight * norms).square()
+    kept = Pattern.parse(pattern).keep(scores, 0.5, per_row=True)
+    difference = weight - Wanda(pattern=pattern).prune(weight, statistics)
+    assert float((difference * norms).square().sum()) == pytest.approx(float(scores[~kept].sum()), rel=1e-5)
+
+
+def test_scales_of_a_pruned_group_span_the_survivors():
+    weight, statistics = layer()
+    pruned = Wanda(pattern="2:4").prune(weight, statistics)
+    done = rounding.quantize(pruned, Rtn(bits=4, group_size=32).scheme())
+    groups = pruned.unflatten(1, (-1, 32))
+    span = groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)
+    assert torch.allclose(done.grid.scale.float(), span / 15, rtol=1e-3)
+    assert (done.dense()[pruned == 0] == 0).all()
+
+
+def test_a_singular_hessian_is_refused_with_its_layer():
+    class Singular(SparseGpt):
+        def collector(self):
+            broken = Hessian()
+            broken.add = lambda rows: setattr(broken, "matrix", -torch.eye(rows.shape[1]))
+            return broken
+
+    before, _ = run([])
+    with pytest.raises(PassError, match="not positive definite, even with damping.*Use more or other") as refused:
+        PassManager(Context(CPU, calibration=batches(1))).run(before, plan_passes(Recipe(passes=[Singular()]), before))
+    assert "q_proj" in str(refused.value)
 
 
 def test_layers_that_cannot_be_pruned_are_named():

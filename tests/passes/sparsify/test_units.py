@@ -5,17 +5,19 @@ import torch
 from families.configs import FAMILIES
 from passes.quantize.quantizing import batches, run
 
+from graphwright.capture import capture
 from graphwright.dependency import channel_groups, cut, head_groups, settle, split_merged
 from graphwright.errors import PassError
 from graphwright.numerics import outputs_error
 from graphwright.ops import attention
 from graphwright.program import Program
 from graphwright.rewrite import Editor
+from graphwright.structure import linears
 
 CAUSAL = [name for name, family in FAMILIES.items() if family.causal]
 
-NO_CHANNELS = {"mixtral", "gpt_oss", "falcon_alibi"}
-NO_HEADS = {"deepseek_v2", "deepseek_v3", "falcon", "falcon_alibi", "falcon_grouped", "bloom", "gpt_neox"}
+NO_CHANNELS = {"mixtral", "gpt_oss"}
+"""Their MLPs are experts, of which each tensor holds many."""
 
 
 def zeroed(program: Program, kind: str) -> tuple[Program, Program, int]:
@@ -61,7 +63,7 @@ def _groups(program: Program, kind: str) -> list:
 def test_cutting_units_that_are_zero_changes_nothing(name, kind, tmp_path):
     _, program = run([], name, calibration=[])
     before, after, count = zeroed(program, kind)
-    if name in (NO_CHANNELS if kind == "channels" else NO_HEADS):
+    if kind == "channels" and name in NO_CHANNELS:
         assert count == 0
         return
     assert count >= 2 or name in {"qwen3_moe", "deepseek_v2", "deepseek_v3"}
@@ -78,7 +80,7 @@ def test_cutting_units_that_are_zero_changes_nothing(name, kind, tmp_path):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_channels_are_cut_and_everything_composes_behind(name, score):
     pruning = {"prune_channels": {"ratio": 0.25, "score": score}}
-    _, after = run(["static_cache", {"rtn": {"bits": 8}}, "merge_linear", pruning], name, calibration=batches(2))
+    _, after = run(["static_cache", pruning, {"rtn": {"bits": 8}}, "merge_linear"], name, calibration=batches(2))
     names = [record.name for record in after.history]
     assert names.index("prune_channels") < names.index("merge_linear") < names.index("rtn")
     record = next(r for r in after.history if r.name == "prune_channels")
@@ -111,8 +113,42 @@ def test_heads_go_with_their_group():
         assert node.args[1].meta["val"].shape[1] == 1
 
 
+def test_all_query_heads_of_one_key_go_one_by_one():
+    _, after = run([{"prune_heads": {"ratio": 0.25}}, "static_cache"], "falcon")
+    for node in after.calls(attention.target):
+        assert [node.args[place].meta["val"].shape[1] for place in range(3)] == [3, 1, 1]
+
+
+class Twice(torch.nn.Module):
+    """Two MLPs that share the weight that reads their channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.down = (torch.nn.Linear(16, 16, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.down(torch.relu(self.one(x)))
+        return x + self.down(torch.relu(self.two(x)))
+
+
+def test_tied_weights_stay_tied():
+    program = capture(Twice(), {"x": torch.randn(2, 16)})
+    pruning = {"prune_channels": {"ratio": 0.5, "score": "magnitude"}}
+    with pytest.raises(PassError, match="No channels can be cut: down.weight: the weight down.weight is tied"):
+        run([pruning], program=program, calibration=[])
+
+
+def test_a_layer_is_never_cut_away():
+    _, after = run([{"prune_heads": {"ratio": 0.99}}, {"prune_channels": {"ratio": 0.99, "multiple": 1}}])
+    assert all(node.args[1].meta["val"].shape[1] == 1 for node in after.calls(attention.target))
+    assert sum(1 in after.weight(w).shape for _, w in linears(after)) == 6
+    _, single = run([{"prune_heads": {"ratio": 0.99}}], program=after)
+    with pytest.raises(PassError, match="No groups of heads can be cut: .* belongs to one head alone"):
+        run([{"prune_heads": {"ratio": 0.5}}], program=single)
+
+
 def test_bad_input_is_refused():
-    with pytest.raises(PassError, match="0.3 removes none of 2 key-value heads.*nearest ratio that is legal is 0.5"):
+    with pytest.raises(PassError, match="0.3 removes none of 2 groups of heads.*nearest ratio that is legal is 0.5"):
         run([{"prune_heads": {"ratio": 0.3}}])
     with pytest.raises(PassError, match="No channels can be cut"):
         run(["prune_channels"], "mixtral")

@@ -1,0 +1,1 @@
+"""Other attentions: fewer key-value heads, and masks that let a query see fewer keys."""
