@@ -190,8 +190,9 @@ def _channel_group(program: Program, component: set[fx.Node]) -> Group | None:
     return Group(str(readers[0].args[1].target), tuple(members), readers[0].args[0], tuple(views))
 
 
-PASSING = {rope.target, rms_norm.target, aten.layer_norm.default, aten.mul.Tensor, aten.div.Tensor, aten.neg.default}
-"""Operations that may stand between a projection and attention and treat every head alike."""
+PASSING = {rope.target: 0, rms_norm.target: 0, aten.layer_norm.default: 0, aten.mul.Tensor: 0, aten.div.Tensor: 0,
+           aten.neg.default: 0}  # fmt: skip
+"""Operations that may stand between a projection and attention and treat every head alike, and what they treat."""
 
 MOVING = REARRANGING | {aten.select.int, aten.index.Tensor, aten.cat.default}
 """Operations that only move numbers, perhaps of several tensors."""

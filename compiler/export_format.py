@@ -130,7 +130,7 @@ class Format:
         raise NotImplementedError(f"format {self.name} defines no write method")
 
     def verify(self, export: Export) -> Verified:
-        """Runs what was written and compares it with `export.program`.
+        """Runs what was written and compares it with `export.program`, which nothing needs afterwards.
 
         Raises:
             BackendError: it cannot be run here; what is missing is named.

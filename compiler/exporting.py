@@ -108,25 +108,26 @@ def _write(
     job.progress(f"write {writer.name}", 0.6)
     facts = writer.write(job)
     seconds |= {"rewrite": rewritten - started, "write": time.perf_counter() - rewritten}
-    found = _verified(writer, job, seconds) if verify else None
-    files = {str(f.relative_to(job.directory)): f.stat().st_size for f in _files(job.directory)}
-    described = {"format": writer.name, "options": job.options.model_dump(mode="json"), **facts}
-    described["verified"] = found.to_json() if found else None
+    backend = writer.backend(job.program)
     report = collect(
         before,
         job.program,
         recipe=job.recipe,
         target=target,
-        backend=writer.backend(job.program) or writer.name,
+        backend=backend or writer.name,
         coverage=writer.coverage(job).to_json(),
         seconds=seconds,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
+    described = {"format": writer.name, "options": job.options.model_dump(mode="json"), **facts, "verified": None}
+    if verify:
+        # Last: a format may use the program up, to have room for what it has written.
+        described["verified"] = _verified(writer, job, report.seconds).to_json()
+    files = {str(f.relative_to(job.directory)): f.stat().st_size for f in _files(job.directory)}
     report.export = {**described, "files": files}
     report.artifact_bytes = sum(files.values())
     report.save(job.directory / "report.json")
     (job.directory / "report.html").write_text(render(report))
-    backend = writer.backend(job.program)
     artifact.write_manifest(job.directory, target, backend, job.recipe.to_data(), export=described)
 
 

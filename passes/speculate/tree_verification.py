@@ -10,6 +10,8 @@ a slot and -inf where it holds a guess of another branch; `hidden` is what the h
 Without guesses slots are positions, and the mask is zeros. SpecInfer: Miao et al. 2023, arXiv:2305.09781.
 """
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -77,7 +79,8 @@ class TreeVerification(Pass):
                 _bias(node, mask)
                 editor.note(node, "tree mask")
             output = program.graph.output_node()
-            output.args = ((*output.args[0], head.args[0]),)
+            made: Any = output.args[0]
+            output.args = ((*made, head.args[0]),)
         contract = program.contract
         changed = program.with_(contract=contract.with_(outputs=(*contract.outputs, "hidden")))
         return PassResult(changed, editor.sites)
