@@ -203,8 +203,9 @@ class _Site:
         if hasattr(self, "old"):
             return self.old
         out = self.program.weight(self.heads.reader.args[1]).double()
-        made = [self._rows(side) for side in self._sides()]
-        return HeadWeights(*made, out[:, self.heads.columns.flatten()].t().unflatten(0, self.heads.columns.shape))
+        query, key, value = (self._rows(side) for side in self._sides())
+        columns = self.heads.columns
+        return HeadWeights(query, key, value, out[:, columns.flatten()].t().unflatten(0, columns.shape))
 
     def _rows(self, side: Projection) -> Tensor:
         """The rows [heads, D, K] of a projection, with a column for biases if any of the three has one."""
@@ -225,7 +226,8 @@ class _Site:
         constants = [self._own(name) for name in ("alibi_slopes", "sinks")]
         rest = (argument(node, "query_positions"), argument(node, "key_positions"), argument(node, "bias"), *constants)
         new = editor.call(attention, *(side for _, side in made), *rest, before=node, **options_of(node))
-        return _New(*(linear for linear, _ in made), new)
+        query, key, value = (linear for linear, _ in made)
+        return _New(query, key, value, new)
 
     def _own(self, name: str) -> fx.Node | None:
         """A copy of a constant per query head, to be filled in the new order."""

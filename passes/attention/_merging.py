@@ -215,7 +215,8 @@ def joined(heads: HeadWeights, groups: int, basis: Basis, gram: Tensor, *, value
                 gram,
                 gram,
             )
-            _store(key[group], merged[:, 0], basis), _store(query[readers], read[:, :, 0].movedim(0, 1), basis)
+            _store(key[group], merged[:, 0], basis)
+            _store(query[readers], read[:, :, 0].movedim(0, 1), basis)
         if len(basis.free):
             merged, read = _one_subspace(keys[:, basis.free], queries[:, basis.free], gram, gram)
             key[group][basis.free] = merged
