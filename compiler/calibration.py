@@ -20,10 +20,9 @@ from torch.nn import functional
 
 from graphwright import accuracy
 from graphwright.checkpoint import Checkpoint
-from graphwright.contract import resolve
 from graphwright.engine.tokenizer import Tokenizer
 from graphwright.errors import PassError, SourceError
-from graphwright.feeding import batch_inputs
+from graphwright.feeding import batch_inputs, pool_sizes
 from graphwright.pass_ import Context, Pass
 from graphwright.program import Program
 
@@ -257,8 +256,8 @@ class _Run:
         tokens = contract.input("token")
         if tokens is not None:
             shape = self.inputs[batch][tokens.name].shape
-            sizes |= {"batch": shape[0], "capacity": shape[1] + 1}
-        return torch.zeros(resolve(spec.shape, sizes), dtype=spec.dtype)
+            sizes |= {"batch": shape[0], "capacity": shape[1] + 1, **pool_sizes(contract, *shape)}
+        return contract.with_(state=(spec,)).allocate(sizes)[name]
 
     def _rows(self, value: Tensor, batch: int, stop: Stop) -> Tensor:
         mask = self.masks[batch]

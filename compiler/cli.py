@@ -306,7 +306,7 @@ def bisect(
 ) -> None:
     """Find the first rewrite of a recipe that moves the logits by more than --kl."""
     wanted, machine = recipe.Recipe.load(recipe_name), Target.parse(target)
-    program = capture_named(model)
+    program = capture_named(model, keep_codes=wanted.reads_codes)
     with _progress() as progress:
         options = CompileOptions(seed=seed, progress=progress)
         culprit = bisection.bisect(program, wanted, machine, bisection.kl_test(program, kl, seed), options)
@@ -373,9 +373,9 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-def capture_named(model: str) -> Program:
+def capture_named(model: str, *, keep_codes: bool = False) -> Program:
     """Captures what a user names on the command line."""
-    source = open_model(model)
+    source = open_model(model, keep_codes=keep_codes)
     return capture(source.model, source.example_inputs)
 
 

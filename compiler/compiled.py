@@ -156,12 +156,11 @@ def compile(
         if isinstance(model, Program):
             captured = model
         else:
-            source = open_model(model)
+            source = open_model(model, keep_codes=wanted.reads_codes)
             copy_tokenizer(source.tokenizer_directory, folder)
             inputs = example_inputs if example_inputs is not None else source.example_inputs
             captured = capture(source.model, inputs, dims=dims)
-            metadata = captured.metadata.with_(name=source.name or captured.metadata.name)
-            captured = captured.with_(metadata=metadata)
+            captured = captured.with_(metadata=source.described(captured.metadata))
             # The caller may hold the model; the compiler must not, or its weights would outlive their rewriting.
             del source
     options = with_calibration_text(options, wanted, captured, folder / TOKENIZER)

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from graphwright.errors import GraphwrightError
 
-Role = Literal["token", "attention_mask", "position", "key_position", "logit_index", "slot", "tree_mask", "tensor"]
+Role = Literal[
+    "token", "attention_mask", "position", "key_position", "logit_index", "slot", "tree_mask", "block_table", "tensor"
+]
 Shape = tuple[int | str, ...]
 
 DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
@@ -33,11 +35,16 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Dim:
-    """A symbolic dimension and the sizes it may take, both ends included."""
+    """A symbolic dimension and the sizes it may take, both ends included.
+
+    A dimension `of` another one has a place for every `per` of that one's: its size is their quotient, rounded up.
+    """
 
     name: str
     min: int = 1
     max: int = 1 << 20
+    of: str = ""
+    per: int = 1
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,9 @@ class InputSpec:
     `role` says what the values mean: `token` ids below `high`; an `attention_mask` of ones and zeros; a
     `position` of each new token in its own sequence, -1 for padding; a `key_position`, the slots of the cache in
     use; a `logit_index`, the places in the sequence whose logits are wanted; a `slot`, the place of each new token in
-    the caches; a `tree_mask`, what is added to scores so that guesses do not see each other; or any other `tensor`.
+    the caches; a `tree_mask`, what is added to scores so that guesses do not see each other; a `block_table` of the
+    blocks, with `high` slots each, in which the slots of every row lie; or any other `tensor`. Positions are below
+    `high` if it is not 0.
     """
 
     name: str
@@ -93,9 +102,9 @@ class Contract:
 
     def sizes(self, wanted: Mapping[str, int] | None = None) -> dict[str, int]:
         """A size for every dimension: as wanted, else small and odd, clamped to its range."""
-        defaults = {"batch": 2, "sequence": 7, "keys": 11, "capacity": 16, "logits": 2}
+        defaults = {"batch": 2, "sequence": 7, "keys": 11, "capacity": 16, "logits": 2, "table": 11, "blocks": 23}
         asked = {**defaults, **(wanted or {})}
-        return {dim.name: max(dim.min, min(asked.get(dim.name, 5), dim.max)) for dim in self.dims}
+        return self._derived({d.name: max(d.min, min(asked.get(d.name, 5), d.max)) for d in self.dims})
 
     def draw(self, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
         """Random inputs of the given sizes, the same for the same seed.
@@ -108,8 +117,12 @@ class Contract:
 
     def allocate(self, sizes: Mapping[str, int], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Zeroed state tensors of the given sizes."""
-        concrete = {dim.name: sizes.get(dim.name, dim.min) for dim in self.dims}
+        concrete = self._derived({dim.name: sizes.get(dim.name, dim.min) for dim in self.dims})
         return {s.name: torch.zeros(resolve(s.shape, concrete), dtype=s.dtype, device=device) for s in self.state}
+
+    def _derived(self, sizes: dict[str, int]) -> dict[str, int]:
+        """The same sizes, with those of dimensions of others computed."""
+        return {**sizes, **{dim.name: -(-sizes[dim.of] // dim.per) for dim in self.dims if dim.of}}
 
     def check(self, tensors: Mapping[str, Tensor]) -> dict[str, int]:
         """Checks names, dtypes and shapes of `tensors`; returns the size of every dimension.
@@ -191,6 +204,8 @@ def _draw(spec: InputSpec, shape: tuple[int, ...], generator: torch.Generator) -
         return torch.arange(shape[-1]).to(spec.dtype)
     if spec.role == "logit_index":
         return torch.arange(shape[-1]).expand(shape).to(spec.dtype).contiguous()
+    if spec.role == "block_table":
+        return torch.arange(shape[0] * shape[1]).reshape(shape).to(spec.dtype)
     if spec.dtype == torch.bool:
         return torch.rand(shape, generator=generator) < 0.5
     if not spec.dtype.is_floating_point:

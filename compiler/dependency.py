@@ -190,8 +190,9 @@ def _channel_group(program: Program, component: set[fx.Node]) -> Group | None:
     return Group(str(readers[0].args[1].target), tuple(members), readers[0].args[0], tuple(views))
 
 
-PASSING = {rope.target, rms_norm.target, aten.layer_norm.default, aten.mul.Tensor, aten.div.Tensor, aten.neg.default}
-"""Operations that may stand between a projection and attention and treat every head alike."""
+PASSING = {rope.target: 0, rms_norm.target: 0, aten.layer_norm.default: 0, aten.mul.Tensor: 0, aten.div.Tensor: 0,
+           aten.neg.default: 0}  # fmt: skip
+"""Operations that may stand between a projection and attention and treat every head alike, and what they treat."""
 
 MOVING = REARRANGING | {aten.select.int, aten.index.Tensor, aten.cat.default}
 """Operations that only move numbers, perhaps of several tensors."""
@@ -215,9 +216,9 @@ def _head_group(program: Program, node: fx.Node) -> Group:
     bias = node.args[5] if len(node.args) > 5 else None
     if bias is not None and shape_at(program, bias, sizes)[-3:-2] != (1,):
         raise _NoGroupError("a bias differs between heads")
-    views = tuple(dict.fromkeys([*inputs.views(), *views]))
-    inputs.prove(members, views)
-    return Group(str(reader.args[1].target), tuple(members), reader.args[0], views)
+    counts = tuple(dict.fromkeys([*inputs.views(), *views]))
+    inputs.prove(members, counts)
+    return Group(str(reader.args[1].target), tuple(members), reader.args[0], counts)
 
 
 class _Inputs:
@@ -301,7 +302,7 @@ class _Inputs:
             for maker, places in owned.items():
                 stay = ~torch.isin(torch.arange(self.shapes[maker][-1]), places[unit])
                 starts[maker] = numbers[maker][..., stay]
-            sizes = {}
+            sizes: dict[fx.Node, list[Any]] = {}
             for node, axis, per_unit in views:
                 sizes.setdefault(node, list(node.args[1]))[axis] -= per_unit
             flow = _Flow(self.program, starts, sizes)

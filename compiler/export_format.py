@@ -20,7 +20,7 @@ what cannot be done or carried, before a model is read; capture and rewriting; `
 """
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,6 +34,7 @@ from graphwright.errors import BackendError
 from graphwright.feeding import token_inputs
 from graphwright.numerics import outputs_error, tolerance
 from graphwright.ops import quantize_dequantize
+from graphwright.origin import Origin
 from graphwright.program import Program
 from graphwright.recipe import Recipe
 from graphwright.target import Target
@@ -61,6 +62,7 @@ class Export:
         config: of a Hugging Face model, as its config.json has it; None for other modules.
         tokenizer: directory that holds the tokenizer's files and nothing else, or None.
         progress: called with what is being done and the finished fraction.
+        origin: the model's parts by name, for formats that write its own modules.
     """
 
     program: Program
@@ -70,6 +72,7 @@ class Export:
     config: dict[str, Any] | None
     tokenizer: Path | None
     progress: Progress
+    origin: Origin = field(default_factory=Origin)
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class Format:
         raise NotImplementedError(f"format {self.name} defines no write method")
 
     def verify(self, export: Export) -> Verified:
-        """Runs what was written and compares it with `export.program`.
+        """Runs what was written and compares it with `export.program`, which nothing needs afterwards.
 
         Raises:
             BackendError: it cannot be run here; what is missing is named.

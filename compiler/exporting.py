@@ -25,6 +25,7 @@ from graphwright.compiled import CompileOptions, rewrite, with_calibration_text
 from graphwright.errors import BackendError, nearest
 from graphwright.export_format import Export, Format, FormatOptions, Verified
 from graphwright.manager import plan_passes
+from graphwright.origin import Origin
 from graphwright.program import Program
 from graphwright.recipe import Recipe
 from graphwright.report.collect import Report, collect
@@ -80,14 +81,15 @@ def export(
         seconds: dict[str, float] = {}
         started = time.perf_counter()
         how.progress("capture", 0.0)
-        source = open_model(model)
+        source = open_model(model, keep_codes=carried.reads_codes)
         inputs = example_inputs if example_inputs is not None else source.example_inputs
         config = _config(source.model)
         program = capture(source.model, inputs)
-        program = program.with_(metadata=program.metadata.with_(name=source.name or program.metadata.name))
+        program = program.with_(metadata=source.described(program.metadata))
+        origin = Origin.of(source.model, program)
         source.model = torch.nn.Module()  # so that weights are freed as they are rewritten
         seconds["capture"] = time.perf_counter() - started
-        job = Export(program, work, carried, chosen, config, _tokenizer(source), how.progress)
+        job = Export(program, work, carried, chosen, config, _tokenizer(source), how.progress, origin)
         before = program.shape_only()
         del program
         _write(writer, job, how, before, seconds, verify)
@@ -106,25 +108,26 @@ def _write(
     job.progress(f"write {writer.name}", 0.6)
     facts = writer.write(job)
     seconds |= {"rewrite": rewritten - started, "write": time.perf_counter() - rewritten}
-    found = _verified(writer, job, seconds) if verify else None
-    files = {str(f.relative_to(job.directory)): f.stat().st_size for f in _files(job.directory)}
-    described = {"format": writer.name, "options": job.options.model_dump(mode="json"), **facts}
-    described["verified"] = found.to_json() if found else None
+    backend = writer.backend(job.program)
     report = collect(
         before,
         job.program,
         recipe=job.recipe,
         target=target,
-        backend=writer.backend(job.program) or writer.name,
+        backend=backend or writer.name,
         coverage=writer.coverage(job).to_json(),
         seconds=seconds,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
+    described = {"format": writer.name, "options": job.options.model_dump(mode="json"), **facts, "verified": None}
+    if verify:
+        # Last: a format may use the program up, to have room for what it has written.
+        described["verified"] = _verified(writer, job, report.seconds).to_json()
+    files = {str(f.relative_to(job.directory)): f.stat().st_size for f in _files(job.directory)}
     report.export = {**described, "files": files}
     report.artifact_bytes = sum(files.values())
     report.save(job.directory / "report.json")
     (job.directory / "report.html").write_text(render(report))
-    backend = writer.backend(job.program)
     artifact.write_manifest(job.directory, target, backend, job.recipe.to_data(), export=described)
 
 

@@ -1,11 +1,11 @@
 """Feeding tokens to a program, whatever its contract: cache-free or with caches, all logits or chosen ones."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from graphwright.contract import InputSpec
+from graphwright.contract import Contract, InputSpec
 from graphwright.errors import GraphwrightError
 from graphwright.program import Program
 
@@ -30,7 +30,7 @@ def token_inputs(
     tensors = {}
     for spec in program.contract.inputs:
         tensors[spec.name] = _fill(spec, input_ids, mask, steps)
-    sizes = {"batch": input_ids.shape[0], "capacity": length + 1}
+    sizes = {"batch": input_ids.shape[0], "capacity": length + 1, **pool_sizes(program.contract, len(mask), length)}
     return {**tensors, **program.contract.allocate(sizes)} if state else tensors
 
 
@@ -61,12 +61,48 @@ def _fill(spec: InputSpec, input_ids: Tensor, mask: Tensor, steps: Tensor) -> Te
         return torch.where(mask.bool(), steps, -1)
     if spec.role == "key_position":
         return steps
+    if spec.role == "block_table":
+        return block_tables(spec, *input_ids.shape)
     if spec.role == "logit_index":
         return steps.expand(input_ids.shape).contiguous()
     raise GraphwrightError(
         f"Input {spec.name} is not a token input, so tokens alone do not feed this program",
         fix="Call the program with all its inputs by name",
     )
+
+
+def block_tables(spec: InputSpec, batch: int, length: int) -> Tensor:
+    """Tables of `batch` rows with room for `length` tokens each, one behind the other, [B, M]."""
+    each = -(-length // spec.high)
+    return torch.arange(batch * each).reshape(batch, each)
+
+
+def pool_sizes(contract: Contract, batch: int, length: int) -> dict[str, int]:
+    """The size of pools for those tables; nothing for a program without."""
+    spec = contract.input("block_table")
+    return {"blocks": batch * -(-length // spec.high) + 1} if spec else {}
+
+
+def logits_in_chunks(program: Program, input_ids: Tensor, attention_mask: Tensor | None, ends: Sequence[int]) -> Tensor:
+    """Logits [B, S, vocabulary] of `input_ids` [B, S] fed to a program with caches in chunks, which end at `ends`."""
+    everything = token_inputs(program, input_ids, attention_mask)
+    state = {spec.name: everything[spec.name] for spec in program.contract.state}
+    parts, start = [], 0
+    for end in ends:
+        chunk = {spec.name: _chunk(spec, everything[spec.name], start, end) for spec in program.contract.inputs}
+        parts.append(program(**chunk, **state)[0])
+        start = end
+    return torch.cat(parts, dim=1)
+
+
+def _chunk(spec: InputSpec, value: Tensor, start: int, end: int) -> Tensor:
+    if spec.role == "key_position":
+        return value[:end]
+    if spec.role == "block_table":
+        return value
+    if spec.role == "tree_mask":
+        return value[start:end, :end]
+    return value[:, : end - start] if spec.role == "logit_index" else value[:, start:end]
 
 
 def logits_of(program: Program, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -125,7 +125,9 @@ def _heads(program: Program, node: fx.Node) -> Heads:
 
 
 def _projection(program: Program, source: fx.Node) -> Projection:
-    between, batch, node = [], None, source
+    between: list[fx.Node] = []
+    batch: Any = None
+    node: Any = source
     while not _is_linear(node):
         if node.target in PASSING or node.target is aten.to.dtype:
             _refuse_foreign(node)

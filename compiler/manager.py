@@ -34,7 +34,7 @@ from graphwright.errors import (
     RecipeError,
     VerificationError,
 )
-from graphwright.feeding import batch_inputs
+from graphwright.feeding import batch_inputs, logits_in_chunks
 from graphwright.pass_ import Context, Pass, PassResult
 from graphwright.program import PassRecord, Program
 from graphwright.recipe import Budget, Recipe
@@ -51,6 +51,9 @@ VERIFY_SIZES: tuple[Mapping[str, int], ...] = (
 
 MEASURED = 4
 """Calibration batches on which an approximate pass's divergence is measured: it takes two forwards over each."""
+
+STREAMED_CHUNK = 32
+"""Tokens that enter caches at a time while a pass over caches is measured; a decode step for each would take long."""
 
 Observer = Callable[[PassRecord, Program, Program], None]
 """Called after each pass with its record, the program before and the program after."""
@@ -304,9 +307,14 @@ class PassManager:
         batches = self.context.calibration[:MEASURED]
         known = None if batches else drawn_outputs
         kl, error = 0.0, 0.0
+        if one.streamed and not batches:
+            batches = [{"input_ids": self._tokens(before, one.streamed)}]
         for batch in batches or [drawn(before, VERIFY_SIZES[0], self.context.seed)]:
-            expected = known or before(**batch_inputs(before, batch))
-            actual = after(**batch_inputs(after, batch))
+            if one.streamed:
+                expected, actual = (_streamed(program, batch) for program in (before, after))
+            else:
+                expected = known or before(**batch_inputs(before, batch))
+                actual = after(**batch_inputs(after, batch))
             error = max(error, numerics.outputs_error(actual, expected, batch))
             kl += numerics.mean_kl(actual[0], expected[0]) / max(len(batches), 1)
         record.notes["kl"] = kl
@@ -323,10 +331,23 @@ class PassManager:
                 )
         return error
 
+    def _tokens(self, program: Program, length: int) -> Tensor:
+        """Drawn tokens [1, length]."""
+        token = program.contract.input("token")
+        high = max(token.high, 2) if token else 2
+        shape = (1, min(length, program.contract.dim("sequence").max))
+        return torch.randint(0, high, shape, generator=self.context.generator())
+
     def _dump(self, program: Program, number: int, name: str) -> None:
         if self.dump is not None:
             self.dump.mkdir(parents=True, exist_ok=True)
             (self.dump / f"{number:03d}_{name}.txt").write_text(program.text())
+
+
+def _streamed(program: Program, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    ids = batch["input_ids"]
+    ends = [*range(STREAMED_CHUNK, ids.shape[1], STREAMED_CHUNK), ids.shape[1]]
+    return (logits_in_chunks(program, ids, batch.get("attention_mask"), ends),)
 
 
 def drawn(program: Program, sizes: Mapping[str, int], seed: int) -> dict[str, Tensor]:

@@ -11,11 +11,13 @@ stands for, is its `Format`:
   bits, eight runs to a byte;
 - nf4 (the normal quantiles of QLoRA, Dettmers et al. 2023), mxfp4 (E2M1 of the OCP microscaling formats): codes laid
   out as int4 that stand for the entries of a table;
-- fp8_e4m3, fp8_e5m2: uint8 [N, G * group_size], the bits of `torch.float8_e4m3fn` and `torch.float8_e5m2`.
+- fp8_e4m3, fp8_e5m2: uint8 [N, G * group_size], the bits of `torch.float8_e4m3fn` and `torch.float8_e5m2`;
+- int4_offset: codes laid out as int4 (the blocks of GGUF's Q4_1 and Q4_K).
 
 An integer code stands for `(code - zero_point) * scale` of its group. Zero points are stored as codes are, one to a
 byte, or as float16 where they are fractions; a symmetric weight has none, and its code of zero is the format's `zero`.
-A code of another format stands for a value times the scale.
+A code of an offset format stands for `code * scale + offset`, in float32 and in this order; the float32 offsets lie
+where zero points do. A code of another format stands for a value times the scale.
 """
 
 from collections.abc import Mapping
@@ -41,6 +43,7 @@ class Format:
         unit: number of codes in the smallest whole number of bytes; group sizes are multiples of it.
         table: what each code stands for, where that is not the code itself.
         dtype: the floating-point type whose bits are the codes, if there is one.
+        offset: whether what lies in place of zero points is added after scaling.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Format:
     unit: int
     table: tuple[float, ...] = ()
     dtype: torch.dtype | None = None
+    offset: bool = False
 
     @property
     def integer(self) -> bool:
@@ -84,6 +88,7 @@ FORMATS: Mapping[str, Format] = {
         Format("mxfp4", 4, torch.uint8, 0, 15, 0, 6, 2, E2M1 + tuple(-v for v in E2M1)),
         Format("fp8_e4m3", 8, torch.uint8, 0, 255, 0, 448, 1, dtype=torch.float8_e4m3fn),
         Format("fp8_e5m2", 8, torch.uint8, 0, 255, 0, 57344, 1, dtype=torch.float8_e5m2),
+        Format("int4_offset", 4, torch.uint8, 0, 15, 0, 15, 2, offset=True),
     )
 }
 """Every weight format by name."""
@@ -150,9 +155,12 @@ def decode(codes: Tensor, format: str, zero: Tensor | float | None = None) -> Te
 
 
 def dequantize(packed: Tensor, scale: Tensor, zero_point: Tensor | None, format: str, group_size: int) -> Tensor:
-    """Float32 [N, G * group_size] from storage, scales [N, G] and zero points [N, G] or None."""
+    """Float32 [N, G * group_size] from storage, scales [N, G] and zero points or offsets [N, G] or None."""
     codes = unpack(packed, format, group_size).unflatten(-1, (-1, group_size))
     zero = None if zero_point is None else zero_point.float().unsqueeze(-1)
+    if FORMATS[format].offset:
+        scaled = decode(codes, format).mul_(scale.float().unsqueeze(-1))
+        return (scaled if zero is None else scaled.add_(zero)).flatten(-2)
     return decode(codes, format, zero).mul_(scale.float().unsqueeze(-1)).flatten(-2)
 
 

@@ -92,6 +92,8 @@ class Pass(BaseModel):
     replaces_weights: ClassVar[bool] = False
     """The pass retires large weights one after the other. Where memory counts, it is compared with outputs that are
     computed ahead, so that nothing holds the old weights; a mistake is then found without its node."""
+    reads_codes: ClassVar[bool] = False
+    """The model is to be read with the codes that its checkpoint holds, where it is quantized already."""
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Rewrites `program` in place, or returns another."""
@@ -101,6 +103,14 @@ class Pass(BaseModel):
     def calibrates(self) -> bool:
         """Whether the pass, with these options, measures activations and so wants calibration inputs."""
         return False
+
+    @property
+    def streamed(self) -> int:
+        """How many drawn tokens measure the error of a pass over caches, where there is no calibration text.
+
+        Text is then fed in chunks, because a single forward does not read what caches hold. 0 for one whole forward.
+        """
+        return 0
 
     @property
     def weight_formats(self) -> tuple[str, ...]:

@@ -45,6 +45,8 @@ class Metadata:
     parameter_bytes: int = 0
     tokenizer: str | None = None
     """Directory of the tokenizer's files while compiling; inside an artifact it is `tokenizer`."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of how the model was read."""
 
     def with_(self, **changes: Any) -> "Metadata":
         """A copy with some fields replaced."""
@@ -53,7 +55,8 @@ class Metadata:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> "Metadata":
         """Rebuilds metadata from plain data."""
-        return Metadata(**{**data, "eos_token_ids": tuple(data["eos_token_ids"])})
+        tuples = {"eos_token_ids": tuple(data["eos_token_ids"]), "notes": tuple(data.get("notes", ()))}
+        return Metadata(**{**data, **tuples})
 
 
 @dataclass

@@ -74,6 +74,11 @@ class Recipe(BaseModel):
             fix=f"{nearest(str(source), presets())}. Or give the path of a .yaml file",
         )
 
+    @property
+    def reads_codes(self) -> bool:
+        """Whether a checkpoint that is quantized already is to be read with its codes."""
+        return any(one.reads_codes for one in self.passes)
+
     def to_data(self) -> dict[str, Any]:
         """Plain data that `load` reads back."""
         return {

@@ -75,7 +75,8 @@ def backend(name: str) -> "Backend":
     module = _with_extra(f"{BACKENDS}.{name}", f"Backend {name}", name)
     if not hasattr(module, "BACKEND"):
         raise BackendError(
-            f"{name} is a format to export to, and compiles nothing", fix=f"graphwright export --format {name}"
+            f"{name} is a format to export to, and compiles nothing",
+            fix=f"graphwright export --format {name.replace('_', '-')}",
         )
     made: Backend = module.BACKEND
     return made

@@ -272,7 +272,7 @@ def extend_contract(
     dims: tuple[Dim, ...] = (),
     drop: tuple[str, ...] = (),
 ) -> dict[str, fx.Node]:
-    """Adds inputs and state to `program` in place, and drops inputs that nothing reads any more.
+    """Adds inputs and state to `program` in place, and drops inputs and state that nothing reads any more.
 
     New dimensions become symbols of the graph's shapes.
 
@@ -284,7 +284,8 @@ def extend_contract(
     for name in drop:
         graph.erase_node(nodes.pop(name))
     kept = tuple(spec for spec in contract.inputs if spec.name not in drop)
-    program.contract = contract.with_(inputs=kept + inputs, state=contract.state + state, dims=contract.dims + dims)
+    held = tuple(spec for spec in contract.state if spec.name not in drop)
+    program.contract = contract.with_(inputs=kept + inputs, state=held + state, dims=contract.dims + dims)
     first = next(node for node in graph.nodes if node.op != "placeholder")
     for spec in (*inputs, *state):
         with graph.inserting_before(first):

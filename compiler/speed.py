@@ -11,6 +11,7 @@ import torch
 from graphwright.backend import Executable
 from graphwright.contract import Contract
 from graphwright.errors import GraphwrightError
+from graphwright.feeding import block_tables, pool_sizes
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,11 @@ class Stepper:
                 "The program has no key-value cache, so decoding cannot be timed", fix="Use a recipe with static_cache"
             )
         self._run = run
-        self._state = contract.allocate({"batch": batch, "capacity": capacity + 1})
+        sizes = {"batch": batch, "capacity": capacity + 1, **pool_sizes(contract, batch, capacity)}
+        self._state = contract.allocate(sizes)
+        table = contract.input("block_table")
+        if table is not None:
+            self._state[table.name] = block_tables(table, batch, capacity)
         self._chosen = contract.input("logit_index") is not None
         generator = torch.Generator().manual_seed(0)
         self._ids = torch.randint(0, vocab_size, (batch, capacity), generator=generator)

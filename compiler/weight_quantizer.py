@@ -156,6 +156,11 @@ class WeightQuantizer(Pass):
         """
         raise NotImplementedError(f"pass {self.name} rounds nothing")
 
+    def solve_expert(self, weight: Tensor, scheme: Scheme, statistics: Any) -> Quantized:
+        """Rounds one weight of an expert, which is stored as codes with a grid, whatever `solve` makes of layers."""
+        solved: Quantized = self.solve(weight, scheme, statistics)
+        return solved
+
     def restore(self, tensors: dict[str, Tensor], scheme: Scheme, width: int) -> Any:
         """What `solve` returned, from its `tensors` and the number of columns K."""
         return Quantized.restore(tensors, scheme, width)
@@ -212,7 +217,7 @@ class WeightQuantizer(Pass):
         calibrated = None if seen is None else (seen, self.collector, self.expert_tokens)
         progress = lambda text: context.progress(f"{self.name} {text}", 0.5)  # noqa: E731
         program = edit.editor.program
-        solved = solve_experts(program, mixture, self.solve, self.error, progress, calibrated)
+        solved = solve_experts(program, mixture, self.solve_expert, self.error, progress, calibrated)
         edit.errors.update(install_experts(edit.editor, mixture, solved))
         return solved
 

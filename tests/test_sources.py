@@ -228,7 +228,7 @@ def _drop_weight(folder: Path) -> None:
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be read"),
         (lambda folder: _edit_config(folder, model_type="unheard_of"), "does not know it"),
         (lambda folder: _edit_config(folder, hidden_size=32), "cannot be read"),
-        (lambda folder: _edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4}), "by gptq"),
+        (lambda folder: _edit_config(folder, quantization_config={"quant_method": "exotic"}), "by exotic"),
         (
             lambda folder: _edit_config(
                 folder, model_type="own", auto_map={"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}

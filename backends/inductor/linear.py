@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from graphwright import packing
 from graphwright.backends.inductor.barrier import realize
+from graphwright.backends.inductor.support import FAST_FORMATS
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,11 +32,13 @@ def quantized_linear(
     group_size: int,
 ) -> Tensor:
     """Quantized linear over few rows; no weight is ever dequantized to memory."""
-    if format not in ("int4", "int8"):
+    if format not in FAST_FORMATS:
         return quantized_matmul(x, weight, scale, zero_point, bias, format, group_size)
     groups = scale.shape[1]
     rows = _rows(x, groups * group_size)
-    if format == "int4":
+    if format == "int4_offset":
+        product = _offset_nibbles(rows, weight, scale, zero_point, group_size)
+    elif format == "int4":
         product = _nibbles(rows, weight, scale, zero_point, group_size)
     elif groups == 1:
         product = _sum_of_slices(rows, weight, 4)
@@ -63,7 +66,7 @@ def quantized_matmul(
 
 def dequantize(packed: Tensor, scale: Tensor, zero_point: Tensor | None, format: str, group_size: int) -> Tensor:
     """`packing.dequantize` by shifts; a concatenation of nibbles would be a kernel of its own."""
-    if format not in ("int4", "int8"):
+    if format not in FAST_FORMATS:
         return packing.dequantize(packed, scale, zero_point, format, group_size)
     groups = scale.shape[-1]
     if format == "int8":
@@ -72,6 +75,9 @@ def dequantize(packed: Tensor, scale: Tensor, zero_point: Tensor | None, format:
         shifts = (torch.arange(2, dtype=torch.int32, device=packed.device) * 4)[:, None]
         halves = packed.view(-1, groups, 1, group_size // 2).to(torch.int32)
         codes = ((halves >> shifts) & 15).view(-1, groups, group_size)
+    if format == "int4_offset":
+        offset = 0.0 if zero_point is None else zero_point.float().unsqueeze(-1)
+        return (codes.float() * scale.float().unsqueeze(-1) + offset).view(-1, groups * group_size)
     zero = packing.FORMATS[format].zero if zero_point is None else zero_point.float().unsqueeze(-1)
     return ((codes.float() - zero) * scale.float().unsqueeze(-1)).view(-1, groups * group_size)
 
@@ -120,6 +126,20 @@ def _nibbles(rows: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | N
     packed = weight.view(-1, 1, groups, half)
     terms = (packed.to(torch.int32) & 15).float() * first[None] + (packed.float() * second[None] - taken)
     return (terms * scale.float()[:, None, :, None]).sum((-1, -2))
+
+
+def _offset_nibbles(rows: Tensor, weight: Tensor, scale: Tensor, offset: Tensor | None, group_size: int) -> Tensor:
+    """As `_nibbles`; what the offset adds is the offset times the sum of the group's activations."""
+    groups, half = scale.shape[1], group_size // 2
+    pairs = rows.view(-1, groups, 2, half)
+    low, high = pairs[:, :, 0], pairs[:, :, 1] * (1 / 16)
+    first, second = realize(low - high), realize(high)
+    packed = weight.view(-1, 1, groups, half)
+    terms = (packed.to(torch.int32) & 15).float() * first[None] + packed.float() * second[None]
+    terms = terms * scale.float()[:, None, :, None]
+    if offset is not None:
+        terms = terms + realize(pairs[:, :, 0] + pairs[:, :, 1])[None] * offset[:, None, :, None]
+    return terms.sum((-1, -2))
 
 
 def _grouped_bytes(rows: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int) -> Tensor:

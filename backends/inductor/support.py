@@ -10,7 +10,7 @@ from graphwright.backend import Support
 from graphwright.op import op_of
 from graphwright.ops import quantized_linear, spqr_linear
 
-FAST_FORMATS = ("int4", "int8")
+FAST_FORMATS = ("int4", "int8", "int4_offset")
 """Weight formats whose codes are multiplied as they are read."""
 
 EXTERN = {

@@ -6,6 +6,7 @@ tokens, seconds = session.greedy([1, 2, 3], count=16)
 
 import importlib
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 
 from graphwright.backends.onnx.model import MODEL
+from graphwright.backends.onnx.naming import tensor_name
 from graphwright.errors import BackendError
 
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
@@ -54,6 +56,12 @@ class Session:
         self.runtime = f"ONNX Runtime {onnxruntime.__version__}, CPU"
         self.inputs = {entry.name: entry for entry in self._session.get_inputs()}
         self.outputs = [entry.name for entry in self._session.get_outputs()]
+
+    def __call__(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The outputs for inputs under the names that the program's contract has."""
+        given = {tensor_name(name): tensor.numpy() for name, tensor in tensors.items()}
+        taken = {name: array for name, array in given.items() if name in self.inputs}
+        return tuple(map(torch.from_numpy, self._session.run(self.outputs, taken)))
 
     def empty_past(self, batch: int) -> dict[str, Any]:
         """Past tensors of length zero."""

@@ -2,10 +2,13 @@
 
 norm → rounding                        one kernel that puts out codes
 rope → cache update                    keys are rotated on their way into the cache
+rounding → updates of codes and scale  one kernel that rounds what it writes, rotated where it is a key
+dequantized cache → attention          codes become floats as they are read
 linear → add of a tensor of its shape  the residual is added as the linear layer stores
 linear → halves → gated activation     gate and up are multiplied as the linear layer stores
 """
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,12 +40,16 @@ class Fusion:
         linear: the linear layer that a node finishes, by that node.
         norm: the norm that a rounding takes its values from.
         rope: the rotation of what a cache update writes.
+        codes: the rounding, and the update of its scales, by the update of its codes.
+        held: dequantized caches that only attentions read.
     """
 
     inside: set[fx.Node] = field(default_factory=set)
     linear: dict[fx.Node, fx.Node] = field(default_factory=dict)
     norm: dict[fx.Node, fx.Node] = field(default_factory=dict)
     rope: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    codes: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
+    held: set[fx.Node] = field(default_factory=set)
 
 
 def integer_product(node: Any) -> bool:
@@ -85,14 +92,43 @@ def plan_fusion(program: Program) -> Fusion:
             if isinstance(norm, fx.Node) and norm.target in NORMS and len(norm.users) == 1:
                 found.norm[node] = norm
                 found.inside.add(norm)
+    for node in program.calls(ops.quantize_tokens.target):
+        parts = cached_parts(node)
+        if parts is not None:
+            codes, scale = parts
+            found.codes[codes] = (node, scale)
+            found.inside.update({node, *node.users, scale})
+    for node in program.calls(ops.dequantize_tokens.target):
+        if all(_reads_as_keys(user, node) for user in node.users):
+            found.held.add(node)
+            found.inside.add(node)
     for node in program.calls(ops.kv_cache_update.target):
-        new = node.args[1]
+        new = found.codes[node][0].args[0] if node in found.codes else node.args[1]
         if isinstance(new, fx.Node) and new.target is ops.rope.target and len(new.users) == 1:
             found.rope[node] = new
             found.inside.add(new)
     for node in program.calls(tiled_linear.target, tiled_float_linear.target, tiled_sparse_linear.target):
         _fuse_epilogue(node, found)
     return found
+
+
+def cached_parts(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The updates of codes and of scales that write a rounding to one place each; None if it has other readers."""
+    parts: dict[int, fx.Node] = {}
+    for item in node.users:
+        users = list(item.users)
+        if item.target is not operator.getitem or len(users) != 1 or users[0].target is not ops.kv_cache_update.target:
+            return None
+        parts[int(item.args[1])] = users[0]
+    if len(parts) != 2 or parts[0].args[2] is not parts[1].args[2]:
+        return None
+    return parts[0], parts[1]
+
+
+def _reads_as_keys(user: fx.Node, node: fx.Node) -> bool:
+    """Whether an attention reads a node as its keys or values, and nothing else."""
+    places = [i for i, argument in enumerate(user.args) if argument is node]
+    return user.target is ops.attention.target and bool(places) and set(places) <= {1, 2}
 
 
 def _fuse_epilogue(node: fx.Node, found: Fusion) -> None:

@@ -129,7 +129,7 @@ def _embedding_cost(
 def _embedding_samples(dtype: torch.dtype) -> Iterator[Sample]:
     for sample in ops.quantized_embedding.samples_of(dtype):
         indices, weight, scale, zero, format, group_size, *rest = sample.args
-        if group_size % tiles.STEP[format] == 0:
+        if tiles.fits(format, group_size):
             tiled = _tiled(weight, scale, zero, format, group_size)
             yield Sample((indices, *tiled, format, group_size, *rest), note=sample.note)
 
@@ -354,10 +354,17 @@ def _tile_halves(editor: Editor) -> None:
     for node in editor.program.calls(ops.sparse_linear.target):
         if halves_obstacle(node):
             continue
-        x, *sources = node.args[:5]
-        bias, _, format, group_size, outputs = node.args[5:]
-        stored = [None if part is None else editor.program.weight(part) for part in sources]
-        parts = _halves(*stored, str(format), int(group_size), int(x.meta["val"].shape[-1]))
+        x, values, places, scale, zero, bias, _, format, group_size, outputs = node.args
+        read = editor.program.weight
+        parts = _halves(
+            read(values),
+            read(places),
+            None if scale is None else read(scale),
+            None if zero is None else read(zero),
+            str(format),
+            int(group_size),
+            int(x.meta["val"].shape[-1]),
+        )
         name = str(node.args[1].target)
         made = [
             None if part is None else editor.weight(f"{name}_{key}", part, before=node)

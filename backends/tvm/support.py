@@ -6,7 +6,7 @@ from torch import Tensor, fx
 from graphwright import ops
 from graphwright.backend import Support
 from graphwright.backends.tvm import expert_layout
-from graphwright.backends.tvm.fusion import multiplies_codes
+from graphwright.backends.tvm.fusion import cached_parts, multiplies_codes
 from graphwright.backends.tvm.layout import fractional, halves_obstacle, stored_float
 from graphwright.backends.tvm.leftovers import converter_name, refusal
 from graphwright.backends.tvm.translate import KERNELS, VIEWS, constant_place
@@ -43,6 +43,10 @@ def _obstacle(node: fx.Node) -> str:
         return "the attention kernels take no bias" if arguments(node)["bias"] is not None else ""
     if node.target is ops.quantize_dequantize.target:
         return "" if _only_codes(node) else "only 8-bit codes per token, or per part of a weight's group, have kernels"
+    if node.target is ops.quantize_tokens.target:
+        return _rounding_obstacle(node)
+    if node.target is ops.dequantize_tokens.target:
+        return _format_obstacle(str(node.args[2]))
     if node.target is aten.layer_norm.default:
         return "" if len(arguments(node)["normalized_shape"]) == 1 else "it normalises more than the last dimension"
     if node.target is aten.index.Tensor:
@@ -61,6 +65,16 @@ def _quantized_obstacle(node: fx.Node) -> str:
     if fractional(node):
         return "its zero points are fractions, and tiles hold whole ones"
     return ""
+
+
+def _rounding_obstacle(node: fx.Node) -> str:
+    if cached_parts(node) is None:
+        return "what it rounds is not written to a cache of codes and a cache of scales"
+    return _format_obstacle(str(node.args[1]))
+
+
+def _format_obstacle(format: str) -> str:
+    return "" if format == "int8" else f"caches in {format} have no kernel, only int8"
 
 
 def _only_codes(node: fx.Node) -> bool:

@@ -60,7 +60,7 @@ from graphwright.kernels.tir.gated_activation import gated_activation
 from graphwright.kernels.tir.isa import Isa
 from graphwright.kernels.tir.linear import Linear, Schedule
 from graphwright.kernels.tir.normalize import Norm, normalize
-from graphwright.kernels.tir.quantize import CodeRow, quantize
+from graphwright.kernels.tir.quantize import CodeRow, dequantize_tokens, quantize
 from graphwright.kernels.tir.quantized_linear import DEFAULT, code_row
 from graphwright.kernels.tir.quantized_linear import matrix as integer_matrix
 from graphwright.kernels.tir.quantized_linear import vector as integer_vector
@@ -509,8 +509,24 @@ def _update(t: Translator, node: fx.Node) -> None:
     cache_node, new, slots_node = node.args
     rope = t.fusion.rope.get(node)
     rotation, positions, table = _table(t, rope) if rope else (rope_kernels.Rotation(), None, [])
-    source, cache = t.rows(rope.args[0] if rope else new), t.view(cache_node, "float32")
+    rounding, scale_update = t.fusion.codes.get(node, (None, None))
+    source = t.rows(rope.args[0] if rope else rounding.args[0] if rounding else new)
     slots = t.view(slots_node, "int64")
+    if scale_update is not None:
+        codes, scale = t.view(cache_node, "int8"), t.view(scale_update.args[0], "float32")
+        t.update(
+            lambda s: rope_kernels.update_codes(
+                rotation,
+                s.layout(source.layout),
+                s.layout(codes.layout),
+                s.layout(scale.layout),
+                s.layout(slots.layout),
+                s.layout(positions) if positions else None,
+            ),
+            [source.variable, slots.variable, *table, codes.variable, scale.variable],
+        )
+        return
+    cache = t.view(cache_node, "float32")
 
     def build(s: Sizes) -> tirx.PrimFunc:
         return rope_kernels.update_cache(
@@ -525,6 +541,24 @@ def _update(t: Translator, node: fx.Node) -> None:
     t.update(build, [source.variable, slots.variable, *table, cache.variable])
 
 
+def _held(t: Translator, node: fx.Node) -> tuple[View, View | None]:
+    """Keys or values, and the scales of those that are codes."""
+    if node not in t.fusion.held:
+        return t.rows(node), None
+    return t.view(node.args[0], "int8"), t.view(node.args[1], "float32")
+
+
+def _dequantize(t: Translator, node: fx.Node) -> View:
+    codes, scale = t.view(node.args[0], "int8"), t.view(node.args[1], "float32")
+    shape = codes.layout.shape
+    made = t.kernel(
+        lambda s: dequantize_tokens(s.layout(codes.layout), s.layout(scale.layout)),
+        [codes.variable, scale.variable],
+        [(shape, "float32")],
+    )
+    return t.view_of(made[0], shape)
+
+
 ATTENTION_OPTIONS = ("scale", "causal", "window", "chunk", "prefix", "softcap", "anchors", "block")
 
 
@@ -532,7 +566,8 @@ def _attention(t: Translator, node: fx.Node) -> View:
     values = arguments(node)
     if values["bias"] is not None:
         raise BackendError("The TVM attention kernels take no bias", where=describe(node), fix="Use backend='inductor'")
-    query, key, value = (t.rows(values[name]) for name in ("query", "key", "value"))
+    query = t.rows(values["query"])
+    (key, key_scale), (value, value_scale) = (_held(t, values[name]) for name in ("key", "value"))
     places = [t.view(values[n], "int64") if values[n] else None for n in ("query_positions", "key_positions")]
     batch, heads, length, head_dim = query.layout.shape
     kv_heads, value_dim = key.layout.shape[1], value.layout.shape[3]
@@ -548,10 +583,10 @@ def _attention(t: Translator, node: fx.Node) -> View:
     )
 
     def operands(s: Sizes) -> attention_kernels.Operands:
-        layouts = (place and s.layout(place.layout) for place in places)
-        return attention_kernels.Operands(*(s.layout(v.layout) for v in (query, key, value)), *layouts)
+        optional = (v and s.layout(v.layout) for v in (*places, key_scale, value_scale))
+        return attention_kernels.Operands(*(s.layout(v.layout) for v in (query, key, value)), *optional)
 
-    inputs = [v.variable for v in (query, key, value, *places) if v is not None]
+    inputs = [v.variable for v in (query, key, value, key_scale, value_scale, *places) if v is not None]
     inputs += [t.view(part, "float32").variable for part in (slopes, sinks) if part is not None]
     shape = (batch, length, heads, value_dim)
     outputs: list[tuple[Sequence[Any], str]] = [(shape, "float32")]
@@ -672,6 +707,7 @@ KERNELS: Mapping[Any, Callable[[Translator, fx.Node], Any]] = {
     tiled_float_embedding.target: _float_embedding,
     tiled_experts.target: _experts,
     ops.attention.target: _attention,
+    ops.dequantize_tokens.target: _dequantize,
     ops.expert_capacity.target: _capacity,
     ops.expert_choice.target: _expert_choice,
     ops.fetch_experts.target: _fetch,

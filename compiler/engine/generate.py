@@ -26,6 +26,7 @@ from graphwright.engine.speculative import Drafter, ModelDrafter, PromptLookup, 
 from graphwright.engine.tokenizer import Tokenizer
 from graphwright.engine.tree import Tree, best_path, likely_tree
 from graphwright.errors import GenerationError, nearest
+from graphwright.feeding import block_tables, pool_sizes
 from graphwright.program import Metadata
 
 Run = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
@@ -34,7 +35,7 @@ Run = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
 PROMPT_LOOKUP = "prompt-lookup"
 """The draft that guesses from the text itself."""
 
-STEP_ROLES = frozenset({"token", "position", "key_position", "logit_index", "slot", "tree_mask"})
+STEP_ROLES = frozenset({"token", "position", "key_position", "logit_index", "block_table", "slot", "tree_mask"})
 
 
 @dataclass
@@ -238,7 +239,7 @@ def _require_caches(contract: Contract, metadata: Metadata) -> None:
             f"{metadata.name} is not a causal language model, so it cannot continue a prompt",
             fix="Call the program with its inputs instead",
         )
-    if not contract.state or any(contract.input(role) is None for role in ("token", "position", "key_position")):
+    if not contract.state or any(contract.input(role) is None for role in ("token", "position")):
         raise GenerationError(
             f"{metadata.name} was compiled without caches, so every new token would recompute the whole text",
             fix="Compile it with a recipe that has static_cache, such as fp32 or int8",
@@ -263,12 +264,12 @@ def _require_one(rows: list[list[int]], options: Options, contract: Contract) ->
 
 
 def _require_whole_caches(contract: Contract, whose: str) -> None:
-    rings = [spec.name for spec in contract.state if "capacity" not in spec.shape]
+    rings = [spec.name for spec in contract.state if not {"capacity", "blocks"}.intersection(spec.shape)]
     if rings:
         raise GenerationError(
             f"{whose} keeps {rings[0]} as a ring of the last tokens, and guesses that fall would have pushed out some "
             "that are needed",
-            fix="Generate without a draft: this model's attention has a sliding window",
+            fix="Generate without a draft, or without sliding windows and caches of a fixed size",
         )
 
 
@@ -281,19 +282,26 @@ class _Steps:
     def __init__(self, run: Run, contract: Contract, prompts: list[list[int]], new_tokens: int, spare: int = 0) -> None:
         self._run = run
         names = {spec.role: spec.name for spec in contract.inputs}
-        self._token, self._position, self._keys = names["token"], names["position"], names["key_position"]
-        self._index = names.get("logit_index")
+        self._token, self._position = names["token"], names["position"]
+        self._keys, self._index = names.get("key_position"), names.get("logit_index")
         self._slots, self._mask = names.get("slot"), names.get("tree_mask")
         self._caches = [
             (spec.name, spec.shape.index("capacity")) for spec in contract.state if "capacity" in spec.shape
         ]
         self.hidden = torch.zeros(0)
         """What the head read for the last token [1, d], where the program shows it."""
+        rows = contract.input("token")
+        chunk = rows.shape[1] if rows else "sequence"
+        self._chunk = chunk if isinstance(chunk, int) else contract.dim(chunk).max
         self._lengths = [len(prompt) for prompt in prompts]
         needed = max(self._lengths) + new_tokens + spare
         # The last slot of a cache is scratch. Caches lie where the program runs; tokens and logits travel.
         device = getattr(run, "device", "cpu")
-        self._tensors = contract.allocate({"batch": len(prompts), "capacity": needed + 1}, device)
+        sizes = {"batch": len(prompts), "capacity": needed + 1, **pool_sizes(contract, len(prompts), needed)}
+        self._tensors = contract.allocate(sizes, device)
+        table = contract.input("block_table")
+        if table is not None:
+            self._tensors[table.name] = block_tables(table, len(prompts), needed)
         self._steps = torch.arange(needed)
         self._live = max(self._lengths)
         self._advance = torch.ones(len(prompts), 1, dtype=torch.int64)
@@ -304,25 +312,35 @@ class _Steps:
         tokens = torch.zeros(len(prompts), self._live, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = torch.tensor(prompt)
-        lengths = torch.tensor(self._lengths)[:, None]
-        steps = self._steps[: self._live]
-        last = lengths - 1
-        chunk = {self._token: tokens, self._position: torch.where(steps < lengths, steps, -1), self._keys: steps}
-        if self._index:
-            chunk[self._index] = last
-        logits, *others = self._run({**self._tensors, **self._without_guesses(chunk)})
+        last = torch.tensor(self._lengths)[:, None] - 1
+        # A text may be longer than what a program takes at once, if its caches forget.
+        starts = range(0, self._live, self._chunk)
+        parts = [self._prefill_chunk(tokens, start, min(start + self._chunk, self._live), last) for start in starts]
         self._prepare_steps(last)
-        chosen = torch.zeros_like(last[:, 0]) if self._index else last[:, 0]
         rows = torch.arange(len(prompts))
+        logits, *others = (torch.stack(part)[last[:, 0] // self._chunk, rows] for part in zip(*parts, strict=True))
         if others:
-            self.hidden = others[0][rows, chosen]
-        return logits[rows, chosen]
+            self.hidden = others[0]
+        return logits
+
+    def _prefill_chunk(self, tokens: Tensor, start: int, end: int, last: Tensor) -> list[Tensor]:
+        """Runs over columns start … end - 1; each output [B, …] for rows that end there, and any for the others."""
+        steps = self._steps[start:end]
+        place = (last - start).clamp(0, end - start - 1)
+        chunk = {self._token: tokens[:, start:end], self._position: torch.where(steps <= last, steps, -1)}
+        if self._keys:
+            chunk[self._keys] = self._steps[:end]
+        if self._index:
+            chunk[self._index] = place
+        outputs = self._run({**self._tensors, **self._without_guesses(chunk)})[:2]
+        chosen = torch.zeros_like(place[:, 0]) if self._index else place[:, 0]
+        return [output[torch.arange(len(tokens)), chosen] for output in outputs]
 
     def _without_guesses(self, chunk: dict[str, Tensor]) -> dict[str, Tensor]:
         """Inputs with those that a program for trees of guesses takes besides."""
-        if self._slots and self._mask:
+        if self._slots and self._mask and self._keys:
             chunk[self._slots] = chunk[self._position]
-            chunk[self._mask] = torch.zeros(chunk[self._position].shape[1], len(chunk[self._keys]))
+            chunk[self._mask] = torch.zeros(chunk[self._position].shape[1], len(chunk[str(self._keys)]))
         return chunk
 
     def _prepare_steps(self, last: Tensor) -> None:
@@ -338,7 +356,8 @@ class _Steps:
         self._live += 1
         tensors[self._token].copy_(tokens[:, None])
         tensors[self._position].add_(self._advance)
-        tensors[self._keys] = self._steps[: self._live]
+        if self._keys:
+            tensors[self._keys] = self._steps[: self._live]
         return self._run(self._without_guesses(tensors))[0][:, -1]
 
     @torch.no_grad()
@@ -349,7 +368,8 @@ class _Steps:
         """
         end = start + len(tokens)
         chunk = {self._token: torch.tensor([tokens]), self._position: self._steps[start:end][None]}
-        chunk[self._keys] = self._steps[:end]
+        if self._keys:
+            chunk[self._keys] = self._steps[:end]
         if self._index:
             chunk[self._index] = self._steps[None, : len(tokens)]
         return self._run({**self._tensors, **self._without_guesses(chunk)})[0][0]
@@ -362,7 +382,7 @@ class _Steps:
         chunk = {
             self._token: torch.tensor([tree.tokens]),
             self._position: places[None],
-            self._keys: torch.cat([self._steps[:start], places]),
+            str(self._keys): torch.cat([self._steps[:start], places]),
             str(self._slots): slots[None],
             str(self._mask): tree.mask(start),
         }

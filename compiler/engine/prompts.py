@@ -56,7 +56,7 @@ def check_request(rows: list[list[int]], new_tokens: int, contract: Contract, me
     _check_batch(len(rows), contract)
     token = contract.input("token")
     vocabulary = metadata.vocab_size or (token.high if token else 0)
-    limit = metadata.context_length or contract.dim("keys").max
+    limit = _longest(contract, metadata)
     for index, row in enumerate(rows):
         if not row:
             raise GenerationError(f"Prompt {index} is empty", fix="Give at least one token, such as the start token")
@@ -66,7 +66,16 @@ def check_request(rows: list[list[int]], new_tokens: int, contract: Contract, me
                 f"Prompt {index} holds token {wrong}, and the model knows 0 to {vocabulary - 1}",
                 fix="Encode the prompt with this model's own tokenizer",
             )
-        _check_length(index, len(row), new_tokens, limit)
+        if limit:
+            _check_length(index, len(row), new_tokens, limit)
+
+
+def _longest(contract: Contract, metadata: Metadata) -> int:
+    """The longest text that the program continues; 0 where caches forget and positions have no bound."""
+    place = contract.input("position")
+    if contract.input("key_position") is None and place is not None:
+        return place.high
+    return metadata.context_length or contract.dim("keys").max
 
 
 def _check_length(index: int, length: int, new_tokens: int, limit: int) -> None:

@@ -65,11 +65,8 @@ def moe_routing(
     scores = wide.softmax(-1) if scoring == "softmax" else wide.sigmoid()
     ranked = scores if correction_bias is None else scores + correction_bias.float()
     if num_groups > 1:
-        grouped = ranked.unflatten(-1, (num_groups, experts // num_groups))
         best = 1 if correction_bias is None else min(2, experts // num_groups)
-        worth = grouped.topk(best, -1).values.sum(-1)
-        kept = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, worth.topk(top_groups, -1).indices, True)
-        ranked = grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
+        ranked = _in_best_groups(ranked, num_groups, top_groups, best)
     indices = ranked.topk(top_k, -1).indices
     weights = scores.gather(-1, indices)
     if skip_ratio > 0:
@@ -87,6 +84,14 @@ def moe_routing(
         weights = torch.cat([weights, ones if shared_weight is None else ones * shared_weight.float()], -1)
         indices = torch.cat([indices, numbers.expand(shape)], -1)
     return weights, indices
+
+
+def _in_best_groups(ranked: Tensor, num_groups: int, top_groups: int, best: int) -> Tensor:
+    """Scores with those outside the best groups struck out; a group counts as the sum of its `best` scores."""
+    grouped = ranked.unflatten(-1, (num_groups, -1))
+    worth = grouped.topk(best, -1).values.sum(-1)
+    kept = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, worth.topk(top_groups, -1).indices, True)
+    return grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(-2)
 
 
 def _check(experts: int, top_k: int, scoring: str, num_groups: int, top_groups: int) -> None:

@@ -63,7 +63,12 @@ def _cost(indices: TensorInfo, weight: TensorInfo, scale: TensorInfo, *_rest: ob
 
 @quantized_embedding.samples
 def _samples(dtype: torch.dtype) -> Iterator[Sample]:
-    for format, group_size, asymmetric in (("int8", 40, False), ("int4", 32, True), ("int8", 32, True)):
+    for format, group_size, asymmetric in (
+        ("int8", 40, False),
+        ("int4", 32, True),
+        ("int8", 32, True),
+        ("int4_offset", 32, True),
+    ):
         groups = -(-40 // group_size)
         low, high = packing.FORMATS[format].low, packing.FORMATS[format].high
         codes = torch.randint(low, high + 1, (11, groups * group_size))

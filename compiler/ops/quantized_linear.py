@@ -26,7 +26,7 @@ def quantized_linear(
         x: [..., K], floating point.
         weight: packed codes of [N, K padded to groups].
         scale: [N, G], float16 or float32.
-        zero_point: [N, G] in codes, or None for a symmetric weight.
+        zero_point: [N, G] in codes, float32 offsets for an offset format, or None for a symmetric weight.
         bias: [N] or None.
         format: a name in `packing.FORMATS`.
         group_size: weights that share a scale along K; K itself (or more) for one scale per row.
@@ -61,6 +61,7 @@ def _samples(dtype: torch.dtype) -> Iterator[Sample]:
         ("nf4", 64, False),
         ("mxfp4", 32, False),
         ("fp8_e4m3", 96, False),
+        ("int4_offset", 32, True),
     ):
         for rows in ((1, 1), (2, 5), (3, 1)):
             features, outputs = 96, 40

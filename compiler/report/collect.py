@@ -82,6 +82,7 @@ def _model(program: Program) -> dict[str, Any]:
         "vocab_size": known.vocab_size,
         "context_length": known.context_length,
         "parameter_bytes": known.parameter_bytes,
+        "notes": list(known.notes),
     }
 
 

@@ -67,6 +67,8 @@ def _facts(report: Report) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
+    for note in report.model.get("notes", ()):
+        table.add_row("Checkpoint", Text(note, style="yellow"))
     before, after = facts.totals(report)
     size = f"{facts.scaled(before, 'B')} → {facts.scaled(after, 'B')} ({facts.change(before, after)})"
     if report.artifact_bytes:

@@ -22,6 +22,7 @@ from graphwright.kernels.tir.emit import (
     Layout,
     T,
     ceil_div,
+    floats,
     kernel,
     let,
     local,
@@ -72,13 +73,18 @@ class Attention:
 
 @dataclass(frozen=True)
 class Operands:
-    """Where an attention's tensors lie; positions that are None count from 0."""
+    """Where an attention's tensors lie; positions that are None count from 0.
+
+    Keys and values with a scale, [B, Hkv, T, 1], are int8 codes.
+    """
 
     query: Layout
     key: Layout
     value: Layout
     query_positions: Layout | None
     key_positions: Layout | None
+    key_scale: Layout | None = None
+    value_scale: Layout | None = None
 
 
 class _Buffers:
@@ -87,8 +93,10 @@ class _Buffers:
     def __init__(self, k: Kernel, a: Attention, o: Operands, parts: int) -> None:
         self.a, self.o = a, o
         self.query = k.read("query", o.query.base, "float32")
-        self.key = k.read("key", o.key.base, "float32")
-        self.value = k.read("value", o.value.base, "float32")
+        self.key = k.read("key", o.key.base, "int8" if o.key_scale else "float32")
+        self.value = k.read("value", o.value.base, "int8" if o.value_scale else "float32")
+        self.key_scale = k.read("key_scale", o.key_scale.base, "float32") if o.key_scale else None
+        self.value_scale = k.read("value_scale", o.value_scale.base, "float32") if o.value_scale else None
         self.query_at = k.read("query_positions", o.query_positions.base, "int64") if o.query_positions else None
         self.key_at = k.read("key_positions", o.key_positions.base, "int64") if o.key_positions else None
         self.slopes = k.read("alibi_slopes", (a.heads,), "float32") if a.alibi else None
@@ -118,6 +126,16 @@ class _Buffers:
                 known = tirx.Cast("int32", self.key_at[self.o.key_positions.at(batch, safe)])
             positions.put(i, T.Select(place < keys, known, tirx.const(-1, "int32")), 1)
         return positions
+
+    def scales(self, kind: str, batch: Any, head: Any, places: list[Any]) -> Flat | None:
+        """Scales of the keys or values at `places`; None where they are no codes."""
+        buffer, layout = (self.key_scale, self.o.key_scale) if kind == "key" else (self.value_scale, self.o.value_scale)
+        if buffer is None or layout is None:
+            return None
+        found = local(len(places), "float32")
+        for i, place in enumerate(places):
+            found.put(i, buffer[layout.at(batch, head, place, 0)], 1)
+        return found
 
 
 def decode(a: Attention, o: Operands, parts: int) -> tirx.PrimFunc:
@@ -186,31 +204,34 @@ def _decode_part(b: _Buffers, row: Any, head: Any, first: Any, stride: int, coun
         places = [let(minimum(start + i, o.key.shape[2] - 1)) for i in range(KEYS)]
         key_rows = [let(o.key.at(row, head, place)) for place in places]
         value_rows = [let(o.value.at(row, head, place)) for place in places]
+        # Codes become floats once, for all the query heads that read them; scales are put in per key afterwards.
+        key_scales, value_scales = (b.scales(kind, row, head, places) for kind in ("key", "value"))
+        keys, key_rows = _floats(b.key, key_rows, a.head_dim)
+        held, value_rows = _floats(b.value, value_rows, a.value_dim)
         with loop(a.group) as g:
             for i, key_row in enumerate(key_rows):
                 dot: Any = None
                 for at in range(0, a.head_dim, lanes):
-                    term = query.vec(g * a.head_dim + at, lanes) * b.key.vec(key_row + at, lanes)
+                    term = query.vec(g * a.head_dim + at, lanes) * keys.vec(key_row + at, lanes)
                     dot = term if dot is None else dot + term
                 weights.put(i, reduce_add(dot, lanes), 1)
             slope = splat(b.slopes[head * a.group + g], KEYS) if b.slopes is not None else None
             key_vec = let(positions.vec(0, KEYS))
             distance = key_vec - splat(query_position, KEYS)
             seen = _visible(a, splat(query_position, KEYS), key_vec, KEYS)
-            score = let(
-                tirx.Select(seen, _score(a, weights.vec(0, KEYS), distance, slope, KEYS), constant(LOWEST, KEYS))
-            )
+            dots = weights.vec(0, KEYS) if key_scales is None else weights.vec(0, KEYS) * key_scales.vec(0, KEYS)
+            score = let(tirx.Select(seen, _score(a, dots, distance, slope, KEYS), constant(LOWEST, KEYS)))
             top = let(T.max(best[g], reduce_max(score, KEYS)))
             fade = exp(best[g] - top, 1)
             weight = let(tirx.Select(seen, exp(score - splat(top, KEYS), KEYS), constant(0.0, KEYS)))
-            weights.put(0, weight, KEYS)
+            weights.put(0, weight if value_scales is None else weight * value_scales.vec(0, KEYS), KEYS)
             best.put(g, top, 1)
             total.put(g, total[g] * fade + reduce_add(weight, KEYS), 1)
             with loop(a.value_dim // width) as at:
                 place = let(g * a.value_dim + at * width)
                 sum_: Any = values.vec(place, width) * splat(fade, width)
                 for i, value_row in enumerate(value_rows):
-                    sum_ = sum_ + splat(weights[i], width) * b.value.vec(value_row + at * width, width)
+                    sum_ = sum_ + splat(weights[i], width) * held.vec(value_row + at * width, width)
                 values.put(place, sum_, width)
     with loop(a.group) as g:
         target = let((task * a.group + g) * (a.value_dim + 2))
@@ -218,6 +239,18 @@ def _decode_part(b: _Buffers, row: Any, head: Any, first: Any, stride: int, coun
             b.parts.put(target + at * width, values.vec(g * a.value_dim + at * width, width), width)
         b.parts.put(target + a.value_dim, best[g], 1)
         b.parts.put(target + a.value_dim + 1, total[g], 1)
+
+
+def _floats(buffer: Flat, rows: list[Any], width: int) -> tuple[Flat, list[Any]]:
+    """Rows of `width` values as float32, and where each begins; floats stay where they are."""
+    if buffer.dtype == "float32":
+        return buffer, rows
+    lanes = widest(width)
+    made = local(len(rows) * width, "float32")
+    for i, row in enumerate(rows):
+        for at in range(0, width, lanes):
+            made.put(i * width + at, floats(buffer.vec(row + at, lanes), lanes), lanes)
+    return made, [i * width for i in range(len(rows))]
 
 
 def _merge(b: _Buffers, row: Any, head: Any, parts: int) -> None:
@@ -344,15 +377,16 @@ class _RowBlock:
             for i in range(step * self.vectors):
                 sums.put(i * 16, constant(0.0, 16))
             last = self.o.key.shape[2] - 1
-            starts = [
-                let(self.o.key.at(self.sequence, self.head, minimum(start + quad * step + i, last)))
-                for i in range(step)
-            ]
+            places = [let(minimum(start + quad * step + i, last)) for i in range(step)]
+            starts = [let(self.o.key.at(self.sequence, self.head, place)) for place in places]
+            scales = self.b.scales("key", self.sequence, self.head, places)
             with loop(a.head_dim) as d:
                 rows = [let(self.query.vec(d * self.width + 16 * v)) for v in range(self.vectors)]
-                self._outer(sums, [self.b.key[at + d] for at in starts], rows)
+                self._outer(sums, [tirx.Cast("float32", self.b.key[at + d]) for at in starts], rows)
             for i in range(step * self.vectors):
-                self.weights.put(quad * (step * self.width) + i * 16, sums.vec(i * 16))
+                sum_ = sums.vec(i * 16)
+                scaled = sum_ if scales is None else sum_ * splat(scales[i // self.vectors])
+                self.weights.put(quad * (step * self.width) + i * 16, scaled)
 
     def _outer(self, sums: Flat, left: list[Any], right: list[Any]) -> None:
         """sums[i, v] += left[i] * right[v]."""
@@ -396,6 +430,7 @@ class _RowBlock:
         """values[channel, row] += value · weights; four channels and all rows at a time."""
         step = 4 if self.a.value_dim % 4 == 0 else 1
         last = self.o.value.shape[2] - 1
+        self._scale_weights(start)
         with loop(self.a.value_dim // step) as quad:
             sums = local(step * self.width, "float32")
             for i in range(step):
@@ -405,9 +440,21 @@ class _RowBlock:
             with loop(KEY_BLOCK) as key:
                 at = let(self.o.value.at(self.sequence, self.head, minimum(start + key, last)) + quad * step)
                 rows = [let(self.weights.vec(key * self.width + 16 * v)) for v in range(self.vectors)]
-                self._outer(sums, [self.b.value[at + i] for i in range(step)], rows)
+                self._outer(sums, [tirx.Cast("float32", self.b.value[at + i]) for i in range(step)], rows)
             for i in range(step * self.vectors):
                 self.values.put(quad * (step * self.width) + i * 16, sums.vec(i * 16))
+
+    def _scale_weights(self, start: Any) -> None:
+        """Multiplies weights by the scales of values that are codes."""
+        scale, layout = self.b.value_scale, self.o.value_scale
+        if scale is None or layout is None:
+            return
+        with loop(KEY_BLOCK) as key:
+            place = let(minimum(start + key, self.o.value.shape[2] - 1))
+            factor = let(splat(scale[layout.at(self.sequence, self.head, place, 0)]))
+            for v in range(self.vectors):
+                at = key * self.width + 16 * v
+                self.weights.put(at, self.weights.vec(at) * factor)
 
     def _scatter(self) -> None:
         a, one, none = self.a, tirx.const(1.0, "float32"), tirx.const(0.0, "float32")

@@ -8,10 +8,12 @@ from typing import Any
 from tvm import tirx
 
 from graphwright.kernels.tir.emit import (
+    Flat,
     Index,
     Kernel,
     Layout,
     T,
+    floats,
     kernel,
     let,
     local,
@@ -120,6 +122,22 @@ def quantize(layout: Layout, described: CodeRow) -> tirx.PrimFunc:
     return k.function
 
 
+def dequantize_tokens(codes: Layout, scale: Layout) -> tirx.PrimFunc:
+    """The kernel for int8 [..., D] with a scale [..., 1] each; writes a contiguous float32 tensor."""
+    width = codes.shape[-1]
+    with kernel("dequantize_tokens") as k:
+        source, factor = k.read("codes", codes.base, "int8"), k.read("scale", scale.base, "float32")
+        out = k.write("out", codes.shape, "float32")
+        k.begin()
+        lanes = widest(width)
+        with parallel(codes.rows) as row:
+            start, step = let(codes.row(row)), let(factor[scale.row(row)])
+            with loop(width // lanes) as i:
+                value = floats(source.vec(start + i * lanes, lanes), lanes) * spread(step, lanes)
+                out.put(row * width + i * lanes, value, lanes)
+    return k.function
+
+
 def quantize_row(values: Values, out: CodeBuffers, row: Any) -> None:
     """Writes codes, sums and steps of one row."""
     shape = out.row
@@ -161,6 +179,17 @@ def _quantize_group(values: Values, out: CodeBuffers, row: Any, group: Any, coun
     if lanes > 1:
         summed = tirx.call_llvm_pure_intrin("int32", f"llvm.vector.reduce.add.v{lanes}i32", summed)
     out.words.put(row * (out.row.bytes // 4) + out.row.sums + group, summed, 1)
+
+
+def round_codes(x: Flat, out: Flat, start: Any, width: int) -> Any:
+    """Writes the codes of the first `width` values of `x` to `out` from `start` on; returns their step."""
+    largest = _largest(x.vec, width)
+    step = let(T.max(largest / tirx.const(LARGEST, "float32"), tirx.const(SMALLEST_STEP, "float32")))
+    lanes = widest(width)
+    with loop(width // lanes) as i:
+        code = _codes(x.vec(i * lanes, lanes), step, lanes)
+        out.put(start + i * lanes, tirx.Cast(kind("int8", lanes), code), lanes)
+    return step
 
 
 def _codes(value: Any, step: Any, lanes: int) -> Any:

@@ -8,7 +8,8 @@ from typing import Any
 
 from tvm import tirx
 
-from graphwright.kernels.tir.emit import Flat, Layout, T, kernel, let, loop, parallel, product, widest
+from graphwright.kernels.tir.emit import Flat, Layout, T, kernel, let, local, loop, parallel, product, widest
+from graphwright.kernels.tir.quantize import round_codes
 
 
 def table(positions: Layout, half: int, scaling: float) -> tirx.PrimFunc:
@@ -78,6 +79,29 @@ def update_cache(
             with T.If(slot >= tirx.const(0, "int64")), T.Then(), loop(heads) as h:
                 place = _table_row(positions, b, s) if positions else 0
                 _turn(rotation, source, let(x.at(b, h, s)), out, let(cache.at(b, h, slot)), cos, sin, place, head_dim)
+    return k.function
+
+
+def update_codes(
+    rotation: Rotation, x: Layout, codes: Layout, scale: Layout, slots: Layout, positions: Layout | None
+) -> tirx.PrimFunc:
+    """Like `update_cache`, rounded to int8 with one scale per token and head; codes and scales come last."""
+    batch, heads, length, head_dim = x.shape
+    with kernel("kv_cache_update_int8") as k:
+        source = k.read("x", x.base, "float32")
+        at = k.read("slots", slots.base, "int64")
+        cos, sin = _table(k, rotation, positions) if positions else (None, None)
+        codes_out, scale_out = k.write("codes", codes.base, "int8"), k.write("scale", scale.base, "float32")
+        k.begin()
+        with parallel(batch * length) as row:
+            b, s = let(row // length), let(row % length)
+            slot = let(at[slots.at(b, s)])
+            turned = local(head_dim, "float32")
+            with T.If(slot >= tirx.const(0, "int64")), T.Then(), loop(heads) as h:
+                place = _table_row(positions, b, s) if positions else 0
+                _turn(rotation, source, let(x.at(b, h, s)), turned, 0, cos, sin, place, head_dim)
+                step = round_codes(turned, codes_out, let(codes.at(b, h, slot)), head_dim)
+                scale_out.put(scale.at(b, h, slot, 0), step, 1)
     return k.function
 
 

@@ -203,9 +203,9 @@ class _Site:
         if hasattr(self, "old"):
             return self.old
         out = self.program.weight(self.heads.reader.args[1]).double()
+        columns = out[:, self.heads.columns.flatten()].t().unflatten(0, self.heads.columns.shape)
         query, key, value = (self._rows(side) for side in self._sides())
-        columns = self.heads.columns
-        return HeadWeights(query, key, value, out[:, columns.flatten()].t().unflatten(0, columns.shape))
+        return HeadWeights(query, key, value, columns)
 
     def _rows(self, side: Projection) -> Tensor:
         """The rows [heads, D, K] of a projection, with a column for biases if any of the three has one."""

@@ -13,6 +13,8 @@ positions alone. `key_positions` [T] is 0 … T-1, with T the slots that may be 
 
 Attention with a sliding window that is shorter than the context keeps a ring of `window` slots. Its new tokens attend
 to the ring as it was and to each other, and are written afterwards, so a prefill longer than the window is exact.
+
+Values that are the first channels of the keys, as after `latent_attention`, have no cache of their own.
 """
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor, fx
 
 from graphwright.contract import Dim, InputSpec, StateSpec
 from graphwright.errors import PassError
-from graphwright.feeding import token_inputs
+from graphwright.feeding import logits_in_chunks, token_inputs
 from graphwright.match import argument
 from graphwright.numerics import relative_error
 from graphwright.ops import attention, kv_cache_update
@@ -42,7 +44,7 @@ class StaticCache(Pass):
     paper = Paper("Efficiently Scaling Transformer Inference", "Pope et al.", 2022, "2211.05102")
     requires = ("attention", "mask", "grouped_heads", "rope")
     provides = ("kv_cache",)
-    after = ("float_dtype", "merged_linear", "pruned", "fewer_layers", "scaled_rope")
+    after = ("float_dtype", "merged_linear", "pruned", "fewer_layers", "scaled_rope", "latent_attention")
     conflicts = ("kv_cache",)
 
     def run(self, program: Program, context: Context) -> PassResult:
@@ -88,23 +90,9 @@ class StaticCache(Pass):
         lengths = torch.tensor([length, max(1, length - 3)])
         mask = (torch.arange(length)[None] < lengths[:, None]).long()
         expected = before(**token_inputs(before, ids, mask))[0]
-        actual = _in_chunks(after, ids, mask, (length // 2, length - 2, length - 1, length))
+        ends = sorted({length // 2, length - 2, length - 1, length} - {0, -1})
+        actual = logits_in_chunks(after, ids, mask, ends)
         return relative_error(actual[mask.bool()], expected[mask.bool()])
-
-
-def _in_chunks(program: Program, ids: Tensor, mask: Tensor, ends: tuple[int, ...]) -> Tensor:
-    everything = token_inputs(program, ids, mask)
-    state = {spec.name: everything[spec.name] for spec in program.contract.state}
-    parts, start = [], 0
-    for end in sorted(set(ends) - {0}):
-        chunk = {
-            "input_ids": ids[:, start:end],
-            "positions": everything["positions"][:, start:end],
-            "key_positions": torch.arange(end),
-        }
-        parts.append(program(**chunk, **state)[0])
-        start = end
-    return torch.cat(parts, dim=1)
 
 
 class _Insertion:
@@ -139,14 +127,16 @@ class _Insertion:
 
     def cache(self, index: int, node: fx.Node) -> None:
         """Puts caches between one attention and its keys and values."""
-        key_cache, value_cache = self.inputs[f"key_cache_{index}"], self.inputs[f"value_cache_{index}"]
+        shared = _shared_channels(node)
+        caches = [(1, self.inputs[f"key_cache_{index}"])]
+        caches += [] if shared else [(2, self.inputs[f"value_cache_{index}"])]
         window = _ring_size(self.editor.program, node)
-        if window:
-            key, value, key_positions = self._ring(node, key_cache, value_cache, window)
-        else:
-            key, value = (self._contiguous(node, i, c) for i, c in ((1, key_cache), (2, value_cache)))
-            key_positions = self.key_positions
-        args = [node.args[0], key, value, self.positions, key_positions, *node.args[5:]]
+        held = [self._ring(node, *c, window) if window else self._contiguous(node, *c) for c in caches]
+        if shared:
+            held.append(self.editor.call(aten.slice.Tensor, held[0], 3, 0, shared, before=node))
+        key_positions = self._ring_positions(window)[0] if window else self.key_positions
+        self.windows += bool(window)
+        args = [node.args[0], *held, self.positions, key_positions, *node.args[5:]]
         new = self.editor.call(attention, *args, before=node, **node.kwargs)
         self.editor.replace(node, new, f"ring of {window}" if window else "contiguous")
 
@@ -154,17 +144,12 @@ class _Insertion:
         self.editor.call(kv_cache_update, cache, node.args[which], self.positions, before=node)
         return self.editor.call(aten.slice.Tensor, cache, 2, 0, self.keys, before=node)
 
-    def _ring(
-        self, node: fx.Node, key_cache: fx.Node, value_cache: fx.Node, window: int
-    ) -> tuple[fx.Node, fx.Node, fx.Node]:
-        self.windows += 1
-        key_positions, slots = self._ring_positions(window)
-        joined = []
-        for cache, new in ((key_cache, node.args[1]), (value_cache, node.args[2])):
-            old = self.editor.call(aten.slice.Tensor, cache, 2, 0, window, before=node)
-            joined.append(self.editor.call(aten.cat.default, [old, new], 2, before=node))
-            self.editor.call(kv_cache_update, cache, new, slots, before=node)
-        return joined[0], joined[1], key_positions
+    def _ring(self, node: fx.Node, which: int, cache: fx.Node, window: int) -> fx.Node:
+        _, slots = self._ring_positions(window)
+        old = self.editor.call(aten.slice.Tensor, cache, 2, 0, window, before=node)
+        joined = self.editor.call(aten.cat.default, [old, node.args[which]], 2, before=node)
+        self.editor.call(kv_cache_update, cache, node.args[which], slots, before=node)
+        return joined
 
     def _ring_positions(self, window: int) -> tuple[fx.Node, fx.Node]:
         """Positions of [ring before this call, new tokens], and the slots of the new tokens.
@@ -194,10 +179,18 @@ def _ring_size(program: Program, node: fx.Node) -> int:
     return window if 0 < window < program.metadata.context_length and not argument(node, "anchors") else 0
 
 
+def _shared_channels(node: fx.Node) -> int:
+    """How many of the keys' first channels are the values; 0 where values are a tensor of their own."""
+    key, value = node.args[1], node.args[2]
+    if value.target is not aten.slice.Tensor or value.args[0] is not key or tuple(value.args[1:3]) != (3, 0):
+        return 0
+    return int(value.meta["val"].shape[3])
+
+
 def _cache_specs(program: Program, index: int, node: fx.Node) -> list[StateSpec]:
     window = _ring_size(program, node)
     specs = []
-    for which, name in ((1, "key_cache"), (2, "value_cache")):
+    for which, name in ((1, "key_cache"), (2, "value_cache"))[: 1 if _shared_channels(node) else 2]:
         value: Tensor = node.args[which].meta["val"]
         slots: int | str = window + 1 if window else "capacity"
         shape = ("batch", int(value.shape[1]), slots, int(value.shape[3]))

@@ -26,7 +26,7 @@ from graphwright.ops.spqr_linear import dense_part, merged
 from graphwright.pass_ import Context, Paper, PassResult
 from graphwright.passes.quantize.gptq import Columns
 from graphwright.program import Program
-from graphwright.rounding import Grid
+from graphwright.rounding import Grid, Quantized
 from graphwright.scheme import Scheme
 from graphwright.second_order import aligned, inverse_factor, sweep
 from graphwright.weight_quantizer import Installation, Layer, WeightQuantizer, integer_format
@@ -145,6 +145,10 @@ class Spqr(WeightQuantizer):
         columns.allow(factor.diagonal(), threshold)
         sweep(columns.columns, factor, aligned(self.block_size, scheme.group(width)), columns.settle)
         return columns.stored(outer)
+
+    def solve_expert(self, weight: Tensor, scheme: Scheme, statistics: Any) -> Quantized:
+        """Experts are rounded to nearest: their kernels take no outliers beside the codes."""
+        return rounding.quantize(weight, scheme)
 
     def restore(self, tensors: dict[str, Tensor], scheme: Scheme, width: int) -> SpqrWeight:
         """From a checkpoint."""

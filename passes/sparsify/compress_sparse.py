@@ -94,7 +94,7 @@ class CompressSparse(Pass):
                 if stored is None or not editor.allow(node):
                     continue
                 name = str(node.args[1].target)
-                parts = {"values": stored.values, "places": stored.places}
+                parts: dict[str, Tensor | None] = {"values": stored.values, "places": stored.places}
                 parts |= {"scale": dense.scale, "zero_point": dense.zero_point}
                 made = [None if t is None else editor.weight(f"{name}_{key}", t, node) for key, t in parts.items()]
                 rest = (dense.bias, stored.layout, dense.format, dense.group_size, len(dense.values))

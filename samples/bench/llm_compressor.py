@@ -14,6 +14,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
@@ -33,6 +34,8 @@ def main() -> None:
         "gptq": [GPTQModifier(config_groups=scheme, ignore=["lm_head"], actorder="static", dampening_frac=0.01)],
         "awq": [AWQModifier(), QuantizationModifier(config_groups=scheme, ignore=["lm_head"])],
     }[method]
+    # Version 0.14.0.1 pins memory for a GPU that need not be there, and then stops.
+    IntermediatesCache.pin_memory = lambda *_arguments: None
     # A processor is asked for though the tokens are there; nothing is called on it.
     oneshot(
         model=model,

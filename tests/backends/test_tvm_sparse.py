@@ -44,3 +44,16 @@ def test_other_layouts_are_passed_over_with_the_reason():
     reasons = {BACKEND.supports(node, CPU).reason for node in program.calls(sparse_linear.target)}
     assert reasons == {"no kernel for sparse weights of layout 1x1, only for 2:4"}
     assert "sparse_linear" in str(coverage(program, BACKEND, CPU).fallbacks)
+
+
+def test_a_program_with_parts_cut_out_is_lowered_like_any_other(tmp_path):
+    cuts = [{"prune_heads": {"ratio": 0.25, "score": "magnitude"}}, {"prune_channels": {"score": "magnitude"}}]
+    program = rewritten("falcon", {"passes": [*PLAIN, *cuts, INT8]})
+    assert {record.name for record in program.history} >= {"prune_heads", "prune_channels"}
+    assert not coverage(program, BACKEND, CPU).fallbacks
+    executable, program = lowered(program, tmp_path)
+    for sizes in (
+        {"batch": 1, "sequence": 1, "keys": 1, "capacity": 16, "logits": 1},
+        {"batch": 2, "sequence": 9, "keys": 11, "capacity": 16, "logits": 2},
+    ):
+        assert distance(executable, program, sizes) < 1e-5

@@ -52,3 +52,20 @@ def test_missing_input_is_named():
 
 def test_json_round_trip():
     assert Contract.from_json(CONTRACT.to_json()) == CONTRACT
+
+
+def test_a_dimension_of_another_follows_it():
+    dims = (Dim("batch"), Dim("capacity", 2, 100), Dim("groups", 1, 25, of="capacity", per=4))
+    state = (StateSpec("scale", torch.float16, ("batch", "groups", 3)),)
+    contract = Contract((), (), dims, state)
+    for capacity, groups in ((2, 1), (4, 1), (5, 2), (33, 9)):
+        assert contract.allocate({"batch": 2, "capacity": capacity})["scale"].shape == (2, groups, 3)
+        assert contract.sizes({"capacity": capacity})["groups"] == groups
+    assert Contract.from_json(contract.to_json()) == contract
+
+
+def test_drawn_block_tables_share_no_block():
+    spec = InputSpec("table", torch.int64, ("batch", "table"), "block_table", 16)
+    contract = Contract((spec,), (), (Dim("batch"), Dim("table")))
+    drawn = contract.draw({"batch": 3, "table": 4})["table"]
+    assert sorted(drawn.flatten().tolist()) == list(range(12))

@@ -37,3 +37,10 @@ def test_a_wrong_name_gets_the_nearest():
     with pytest.raises(BackendError, match="Unknown backend 'inducter'") as raised:
         registry.backend("inducter")
     assert "inductor" in raised.value.fix
+
+
+def test_a_format_is_called_by_its_name_and_compiles_nothing():
+    assert "compressed-tensors" in registry.format_files()
+    with pytest.raises(BackendError, match="is a format to export to") as raised:
+        registry.backend("compressed_tensors")
+    assert raised.value.fix == "graphwright export --format compressed-tensors"

@@ -66,6 +66,17 @@ def test_codes_without_a_type_are_refused_before_the_model_is_read(tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_without_caches_is_verified_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.GELU(), torch.nn.Linear(10, 3)).eval()
+    inputs = {"input": torch.randn(3, 6)}
+    out = graphwright.export(model, "onnx", tmp_path / "out", recipe="none", example_inputs=inputs, verify=True)
+    verified = json.loads((out / "manifest.json").read_text())["export"]["verified"]
+    assert 0 <= verified["relative_error"] < 1e-5
+    assert verified["tokens_per_second"] is None
+    assert not (out / "genai_config.json").exists()
+
+
 REFUSED = {
     "ort": {"nf4", "int3-gptq", "fp8"},
     "standard": {"nf4", "int3-gptq", "fp8"},

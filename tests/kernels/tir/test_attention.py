@@ -8,7 +8,7 @@ from kernels.tir.running import dense, nowhere, run, size
 
 from graphwright.kernels.tir import attention as kernels
 from graphwright.numerics import relative_error
-from graphwright.ops import attention
+from graphwright.ops import attention, dequantize_tokens, quantize_tokens
 
 OPTIONS = ("window", "chunk", "prefix", "softcap", "anchors", "block")
 TOLERANCE = 2e-5
@@ -17,8 +17,8 @@ TOLERANCE = 2e-5
 SAMPLES = [s for s in attention.samples_of(torch.float32) if s.args[5] is None]
 
 
-def kernel_output(sample, decode: bool, parts: int = 3) -> torch.Tensor:
-    """[B, H, S, Dv] of the kernel for a sample of the op."""
+def kernel_output(sample, decode: bool, parts: int = 3, scales: tuple = ()) -> torch.Tensor:
+    """[B, H, S, Dv] of the kernel for a sample of the op; with `scales`, keys and values are codes."""
     query, key, value, query_at, key_at, _, slopes, sinks, scale, causal, *rest = sample
     batch, heads, length, head_dim = query.shape
     kv_heads, value_dim = key.shape[1], value.shape[3]
@@ -46,8 +46,9 @@ def kernel_output(sample, decode: bool, parts: int = 3) -> torch.Tensor:
         dense(b, kv_heads, t, value_dim),
         positions(query_at, s),
         positions(key_at, t),
+        *(dense(b, kv_heads, t, 1) for _ in scales),
     )
-    given = [query, key, value, *(x for x in (query_at, key_at, slopes, sinks) if x is not None)]
+    given = [query, key, value, *scales, *(x for x in (query_at, key_at, slopes, sinks) if x is not None)]
     out = nowhere(batch, length, heads, value_dim)
     if decode:
         parts_out = nowhere(batch, kv_heads, parts, heads // kv_heads, value_dim + 2)
@@ -90,6 +91,23 @@ def test_decode_options(window, softcap, with_sinks):
     sinks, slopes = (torch.randn(4), torch.rand(4)) if with_sinks else (None, None)
     sample = (query, key, value, query_at, key_at, None, slopes, sinks, 0.2, True, window, 0, 0, softcap)
     assert relative_error(kernel_output(sample, decode=True), attention(*sample)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (4, 4, 20)])
+def test_keys_and_values_as_int8_codes(heads, kv_heads, head_dim):
+    torch.manual_seed(1)
+    for queries, keys in ((1, 67), (5, 33)):
+        query = torch.randn(2, heads, queries, head_dim)
+        key, value = (
+            quantize_tokens(torch.randn(2, kv_heads, keys, width), "int8") for width in (head_dim, head_dim + 4)
+        )
+        query_at = torch.arange(keys - queries, keys)[None].repeat(2, 1)
+        rest = (query_at, torch.arange(keys)[None], None, None, None, head_dim**-0.5, True)
+        expected = attention(query, *(dequantize_tokens(*held, "int8", torch.float32) for held in (key, value)), *rest)
+        codes = (query, key[0], value[0], *rest)
+        for decode in (False, True) if queries == 1 else (False,):
+            found = kernel_output(codes, decode, scales=(key[1], value[1]))
+            assert relative_error(found, expected) < TOLERANCE
 
 
 LIMITS = [(5, 0, 3, 0), (16, 0, 0, 8), (24, 0, 9, 8), (0, 7, 2, 0), (40, 0, 4, 0), (4, 0, 0, 4)]

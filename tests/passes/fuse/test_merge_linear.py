@@ -5,6 +5,7 @@ from families.cache import captured
 
 from graphwright.capture import capture
 from graphwright.numerics import relative_error
+from graphwright.ops import quantized_linear
 from graphwright.pass_ import Context
 from graphwright.passes.fuse.merge_linear import MergeLinear
 from graphwright.program import Program
@@ -80,3 +81,40 @@ def test_llama_merges_qkv_and_gate_up():
     result = MergeLinear().run(program, CONTEXT)
     assert len(result.sites) == 2 * 5
     assert len(list(result.program.calls(torch.ops.aten.linear.default))) == 2 * 4 + 1
+
+
+class Packed(torch.nn.Module):
+    """Layers in codes that read one input: two alike, one with other groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, (rows, group) in {"q": (8, 4), "k": (4, 4), "other": (4, 8)}.items():
+            self.register_buffer(f"{name}_codes", torch.randint(0, 256, (rows, 4), dtype=torch.uint8))
+            self.register_buffer(f"{name}_scale", torch.rand(rows, 8 // group))
+            self.register_buffer(f"{name}_zero", torch.randint(0, 16, (rows, 8 // group), dtype=torch.uint8))
+        self.groups = {"q": 4, "k": 4, "other": 8}
+
+    def forward(self, x):
+        return tuple(self.layer(x, name) for name in self.groups)
+
+    def layer(self, x, name):
+        codes, scale, zero = (getattr(self, f"{name}_{part}") for part in ("codes", "scale", "zero"))
+        return quantized_linear.target(x, codes, scale, zero, None, "int4", self.groups[name])
+
+
+def test_siblings_in_codes_become_one_where_their_formats_agree():
+    program = capture(Packed(), {"x": torch.randn(3, 8)})
+    before = program.clone()
+    after = MergeLinear().run(program, CONTEXT).program
+    assert after.text() == (
+        "%x : float32[batch, 8]\n"
+        "%1 = quantized_linear(%x, q_codes_merged, q_codes_merged_1, q_codes_merged_2, None, int4, 4)"
+        " : float32[batch, 12]\n"
+        "%2 = slice.Tensor(%1, -1, 0, 8) : float32[batch, 8]\n"
+        "%3 = slice.Tensor(%1, -1, 8, 12) : float32[batch, 4]\n"
+        "%4 = quantized_linear(%x, other_codes, other_scale, other_zero, None, int4, 8) : float32[batch, 4]\n"
+        "return [%2, %3, %4]\n"
+    )
+    x = torch.randn(5, 8)
+    for found, expected in zip(after(x=x), before(x=x), strict=True):
+        assert relative_error(found, expected) < 1e-6

@@ -4,7 +4,7 @@ import pytest
 import torch
 from passes.moe.mixture import COUNT, Mixture, captured, only, rows, run
 
-from graphwright.errors import PassError
+from graphwright.errors import PassError, RecipeError
 from graphwright.match import argument
 from graphwright.numerics import relative_error
 from graphwright.ops import experts, moe_routing, quantized_experts
@@ -70,9 +70,11 @@ def test_pruning_twice_composes():
 
 def test_it_comes_before_quantization():
     module = lonely()
-    program = run(captured(module), {"rtn": {"bits": 8, "group_size": 0}}, "prune_experts")
+    program = run(captured(module), "prune_experts", {"rtn": {"bits": 8, "group_size": 0}})
     assert [record.name for record in program.history[-2:]] == ["prune_experts", "rtn"]
     assert argument(only(program, quantized_experts), "up").meta["val"].shape[0] == COUNT - 2
     assert relative_error(program(x=rows(40, 9))[0], module(rows(40, 9))) < 0.05
     with pytest.raises(PassError, match="would undo rtn"):
         run(program, "prune_experts")
+    with pytest.raises(RecipeError, match="List prune_experts before rtn"):
+        run(captured(module), {"rtn": {"bits": 8, "group_size": 0}}, "prune_experts")

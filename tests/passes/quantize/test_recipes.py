@@ -8,7 +8,7 @@ from passes.quantize.quantizing import batches
 
 import graphwright
 from graphwright import calibration
-from graphwright.compiled import CompileOptions, _with_text
+from graphwright.compiled import CompileOptions, with_calibration_text
 from graphwright.errors import GraphwrightError
 from graphwright.feeding import logits_of
 from graphwright.numerics import mean_kl
@@ -47,7 +47,7 @@ PRUNED = ("draft-pruned", "draft-skip", "sparse-wanda", "sparse24-gptq", "svd-ll
 @pytest.mark.parametrize("recipe", [name for name in presets() if name not in (*NEW, *PRUNED)])
 def test_recipes_without_measurements_read_no_text(recipe, tmp_path):
     options = CompileOptions()
-    assert _with_text(options, Recipe.load(recipe), graphwright.capture(build("llama")), tmp_path) is options
+    assert with_calibration_text(options, Recipe.load(recipe), graphwright.capture(build("llama")), tmp_path) is options
 
 
 def test_text_becomes_windows_spread_over_it(tmp_path):
@@ -64,7 +64,7 @@ def test_compile_calibrates_on_text_where_there_is_a_tokenizer(tmp_path):
     byte_level(tmp_path)
     # The context of the tiny model is shorter than the windows that are asked for.
     options = CompileOptions(calibration_text="abc" * 400, calibration_samples=3, calibration_length=600)
-    made = _with_text(options, Recipe.load("int4-gptq"), graphwright.capture(build("llama")), tmp_path)
+    made = with_calibration_text(options, Recipe.load("int4-gptq"), graphwright.capture(build("llama")), tmp_path)
     assert [tuple(batch["input_ids"].shape) for batch in made.calibration] == [(1, 512)] * 2
 
 

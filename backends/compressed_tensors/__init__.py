@@ -1,0 +1,1 @@
+"""compressed-tensors: Hugging Face directories of quantized weights for `transformers` and vLLM; see `exporter`."""
