@@ -136,7 +136,7 @@ def _projection(program: Program, source: fx.Node) -> Projection:
             raise _UnknownHeadsError(f"{node.name} stands between a projection and attention")
         elif node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
             batch = node.args[1][0]
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     if node.meta["val"].dim() != 3 or batch is None or batch == -1:
         raise _UnknownHeadsError(
             f"{node.name} does not make tokens [batch, sequence, channels] that are cut into heads"
