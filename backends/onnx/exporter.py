@@ -70,6 +70,11 @@ class Onnx(Format):
                     f"Pass {one.name} works on caches in place, and the caches of an ONNX model are inputs and outputs",
                     fix="Use a recipe without it",
                 )
+            if LEFT_OUT & set(one.requires):
+                raise RecipeError(
+                    f"Pass {one.name} works on experts as one op, and an ONNX model has their products",
+                    fix="Use a recipe without it",
+                )
         kept = [one for one in recipe.passes if not LEFT_OUT & set(one.provides)]
         cached = any(REPLACED & set(one.provides) for one in recipe.passes)
         return recipe.model_copy(update={"passes": (*kept, *([make_pass("explicit_cache")] if cached else []))})

@@ -17,6 +17,7 @@ from graphwright import ops, packing
 from graphwright.backends.onnx.options import FOUR_BIT_OPSET
 from graphwright.backends.onnx.translate import OfNode, Translator, onnx_dtype
 from graphwright.match import argument
+from graphwright.text import op_name
 
 
 def dequantized(t: Translator, node: fx.Node) -> tuple[ir.Value, int]:
@@ -104,21 +105,23 @@ def quantized_linear(t: Translator, node: fx.Node) -> ir.Value:
     return product(t, node, *dequantized(t, node))
 
 
-def sparse_linear(t: Translator, node: fx.Node) -> ir.Value:
-    """The product with the weight and all of its zeros.
+def whole_linear(t: Translator, node: fx.Node) -> ir.Value:
+    """The product with a weight of any layout, written as one dense matrix with all of its zeros.
 
     Raises:
         RefusalError: this was not asked for.
     """
     if not t.options.decompose:
-        raise t.refuse("ONNX has no form for weights without their zeros", "Set decompose=true")
+        raise t.refuse(f"ONNX has no form for the weights of {op_name(node.target)}", "Set decompose=true")
     features = int(node.args[0].meta["val"].shape[-1])
-    name = f"{argument(node, 'values').target}_dense"
+    names = [one.name for one in node.target._schema.arguments]
+    name = f"{argument(node, names[1]).target}_dense"
 
     def make() -> ir.Value:
         # The op on the identity is its transposed weight, in every layout.
-        stored = [t.tensor(one) if isinstance(one, fx.Node) else one for one in node.args[1:5]]
-        dense = ops.sparse_linear.reference(torch.eye(features), *stored, None, *node.args[6:])
+        given = {key: argument(node, key) for key in names[1:]}
+        stored = {key: t.tensor(one) if isinstance(one, fx.Node) else one for key, one in given.items()}
+        dense = node.target(torch.eye(features), **{**stored, "bias": None})
         return t.builder.weight(name, dense.T.contiguous())
 
     return product(t, node, t.shared_value(("dense", name), make), features)
@@ -171,6 +174,7 @@ def quantized_embedding(t: Translator, node: fx.Node) -> ir.Value:
 QUANTIZED: dict[Any, OfNode] = {
     ops.quantized_linear.target: OfNode(quantized_linear),
     ops.quantized_embedding.target: OfNode(quantized_embedding),
-    ops.sparse_linear.target: OfNode(sparse_linear),
+    ops.sparse_linear.target: OfNode(whole_linear),
+    ops.spqr_linear.target: OfNode(whole_linear),
 }
 """Translations of the ops over low-bit weights."""

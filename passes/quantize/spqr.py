@@ -92,6 +92,11 @@ class Spqr(WeightQuantizer):
     block_size: int = Field(128, gt=0, description="columns between two updates of the rest")
     act_order: bool = Field(True, description="most important columns first")
 
+    @property
+    def weight_formats(self) -> tuple[str, ...]:
+        """Its layout is one of its own, whatever its bits."""
+        return ("spqr", *super().weight_formats)
+
     def model_post_init(self, context: Any) -> None:
         """Refuses options that make no scheme, and those of layers that are not SpQR's."""
         super().model_post_init(context)

@@ -50,6 +50,7 @@ DECOMPOSED = {
         "compress_sparse",
     ],
     "sparse": [{"magnitude": {"ratio": 0.8}}, "compress_sparse"],
+    "spqr": ["spqr"],
 }
 """The same, with weights that no profile has a form for."""
 
