@@ -268,13 +268,14 @@ def test_a_hub_model_that_was_downloaded_is_read_without_network(
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: str(directory / file))
     calls = []
 
-    def read(name: str, where: str, dtype: torch.dtype, **options: Any) -> torch.nn.Module:
+    def read(name: str, where: str, how: sources.Reading, **options: Any) -> tuple[torch.nn.Module, list[str]]:
         calls.append((name, options))
-        return torch.nn.Linear(1, 1)
+        return torch.nn.Linear(1, 1), ["as it was"]
 
     monkeypatch.setattr(sources, "_read_checkpoint", read)
     source = open_model("organisation/model", tokenizer=directory)
     assert source.name == "organisation/model"
+    assert source.notes == ("as it was",)
     assert calls == [("organisation/model", {"local_files_only": True})]
 
 

@@ -29,9 +29,6 @@ LANES = 16
 CACHE_LINE = 64
 """Bytes."""
 
-WIDTH = {"int8": 1, "uint8": 1, "int32": 4, "float32": 4}
-"""Bytes of an element of scratch memory."""
-
 STACK = 1 << 15
 """Bytes of one scratch buffer that may lie on a thread's stack."""
 
@@ -144,9 +141,10 @@ def kernel(name: str) -> Iterator[Kernel]:
 
 def local(elements: int, dtype: str) -> Flat:
     """Scratch memory: on the stack, and in registers where its offsets are constants, unless it is large."""
-    lanes = CACHE_LINE // WIDTH[dtype]
+    width = int("".join(c for c in dtype if c.isdigit())) // 8
+    lanes = CACHE_LINE // width
     if elements % lanes:
-        return Flat(_scratch(elements, dtype, elements * WIDTH[dtype]), dtype)
+        return Flat(_scratch(elements, dtype, elements * width), dtype)
     # LLVM aligns scalars on the stack to 16 bytes; vectors that cross cache lines take several times as long.
     lines = elements // lanes
     memory = _scratch(lines, f"{dtype}x{lanes}", lines * CACHE_LINE)

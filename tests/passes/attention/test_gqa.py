@@ -139,7 +139,7 @@ def test_better_methods_lose_less(name):
 
 
 def test_caches_and_weights_shrink_and_everything_composes_behind():
-    passes = ["static_cache", "merge_linear", {"rtn": {"bits": 8}}, {"gqa_lstsq": {"groups": 1}}]
+    passes = ["static_cache", "merge_linear", {"gqa_lstsq": {"groups": 1}}, {"rtn": {"bits": 8}}]
     _, after = run(passes, "llama", calibration=batches(2, 12))
     names = [record.name for record in after.history]
     assert names.index("gqa_lstsq") < min(names.index(n) for n in ("static_cache", "merge_linear", "rtn"))
