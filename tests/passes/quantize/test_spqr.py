@@ -94,8 +94,8 @@ def test_groups_of_equal_weights_are_exact():
 def test_one_outlier_of_a_group_is_left_out_of_its_range():
     weight = torch.linspace(-1, 1, 16).repeat(2, 1)
     weight[0, 5] = 50.0
-    one = Spqr()
-    low, high = ranges_without_outliers(weight[:, None], torch.ones(1, 16), one.scheme(), 3.0)
+    # Without the 50 the error falls by 22; without the -1 beside it, by 4, for the range becomes a little smaller.
+    low, high = ranges_without_outliers(weight[:, None], torch.ones(1, 16), Spqr().scheme(), 10.0)
     assert low.flatten().tolist() == [-1.0, -1.0]
     assert high.flatten().tolist() == [1.0, 1.0]
 
