@@ -23,6 +23,7 @@ from graphwright.errors import CaptureError, GraphwrightError
 from graphwright.expert_loops import unrolled
 from graphwright.program import Metadata, Program
 from graphwright.serialize import set_attribute
+from graphwright.tracer import import_tracer
 
 DimNames = Mapping[str, Mapping[int, str]]
 
@@ -187,6 +188,8 @@ def _export(model: nn.Module, inputs: Mapping[str, Any], contract: Contract) -> 
         else None
         for name in inputs
     }
+
+    import_tracer()
 
     def export() -> torch.export.ExportedProgram:
         # Without no_grad, rotary code arrives as a nested graph that rules cannot see into.

@@ -35,6 +35,7 @@ from graphwright.engine.tokenizer import Tokenizer
 from graphwright.errors import GraphwrightError, SourceError, nearest
 from graphwright.interchange.reading import gguf_notes, read_directory, read_gguf
 from graphwright.program import Metadata
+from graphwright.tracer import import_tracer
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -373,6 +374,8 @@ def _with_tokenizer(source: Source, tokenizer: Any) -> Source:
 
 
 def _transformers(where: str) -> Any:
+    # transformers imports it too, together with the model.
+    import_tracer()
     try:
         return importlib.import_module("transformers")
     except ImportError as error:

@@ -54,6 +54,19 @@ def test_a_fresh_process_generates_without_transformers(compiled):
     assert finished.stdout.strip() == str(here.tokens)
 
 
+def test_a_compile_for_the_cpu_never_loads_triton(tiny_model_directory, tmp_path):
+    script = (
+        "import sys\n"
+        "from graphwright.cli import main\n"
+        f"sys.argv = ['graphwright', 'compile', {str(tiny_model_directory)!r}, '--output', 'out', '--no-measure']\n"
+        "try:\n    main()\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        "assert 'torch._dynamo' in sys.modules and 'triton' not in sys.modules\n"
+    )
+    finished = subprocess.run([sys.executable, "-P", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+
+
 def test_the_artifact_equals_its_program(compiled):
     loaded = graphwright.load(compiled)
     ids = torch.randint(0, 128, (2, 6), generator=torch.Generator().manual_seed(0))
