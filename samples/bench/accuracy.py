@@ -4,14 +4,15 @@
     python samples/bench/accuracy.py --only '^fp32' 'g64$' 'sparse' --json rows.jsonl
 
 Weights of this model lie on a 4-bit grid of blocks of 32, so groups of 64, 128 and whole rows are measured. Bytes are
-those of all weights; head and embedding have 8 bits in every quantized program. Peak memory is that of the process
-that rewrites. Layer error is the mean over linear layers of the relative error of their outputs, see `layer_errors`,
-on two of the calibration windows; `at most simplest` says on how many layers it is at most that of the simplest method
+those of all weights; head and embedding have 8 bits in every quantized program. Seconds are those of one processor, so
+that other work on the machine counts little, and peak memory is that of the process that rewrites. Layer error is the
+mean over linear layers of the relative error of their outputs, see `layer_errors`, on two of the calibration windows,
+for methods that are compared so; `at most simplest` says on how many layers it is at most that of the simplest method
 in the same place: `rtn`, `magnitude` or `svd`. The methods under `outliers` start from a model whose norms were made to
 amplify a few channels by 64, with the layers behind them rescaled to match: the same function. Programs are measured as
 captured, but for the merged linear layers; those of `structured` are merged after the cut. Several expressions behind
-`--only` are done one after another. Rows that `--json FILE` holds already are not measured again, so that an
-interrupted table goes on; `--table FILE` prints them in Markdown.
+`--only` are done one after another. Rows that `--json FILE` holds already, with the same numbers of samples and
+windows, are not measured again, so that an interrupted table goes on; `--table FILE` prints them in Markdown.
 """
 
 import argparse
@@ -23,7 +24,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,9 @@ COMPARED = 2
 
 SIMPLEST = {r"\b(gptq|awq|hqq)\b": "rtn", r"\b(wanda|sparsegpt)$": "magnitude", r"\b(asvd|svd_llm)$": "svd"}
 """Methods by expression, and the simplest one in their place."""
+
+ALIKE = re.compile(r"^(rtn|gptq|awq|hqq|spqr) int[234]|^sparse .*(magnitude|wanda|sparsegpt)$|(svd|asvd|svd_llm)$")
+"""Methods whose layers are compared."""
 
 W8 = {"rtn": {"bits": 8, "group_size": 0, "symmetric": True, "scale_dtype": "float32"}}
 DYNAMIC, STATIC = {"activations": {}}, {"activations": {"static": True}}
@@ -147,6 +152,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     console, failed = Console(), []
     rows = stored(arguments.json) if arguments.json and arguments.json.exists() else []
+    rows = [row for row in rows if row["settings"] == settings(arguments)]
     known = {row["method"] for row in rows}
     chosen = [label for pattern in arguments.only for label in methods() if re.search(pattern, label)]
     with tempfile.TemporaryDirectory() as folder:
@@ -164,6 +170,11 @@ def main() -> None:
     console.print(table(rows))
     if failed:
         sys.exit(f"These failed: {', '.join(failed)}")
+
+
+def settings(arguments: argparse.Namespace) -> dict[str, int]:
+    """What rows must share to be compared."""
+    return {name: getattr(arguments, name) for name in ("samples", "length", "windows")}
 
 
 def stored(file: Path) -> list[dict[str, Any]]:
@@ -232,18 +243,20 @@ def measure(label: str, folder: Path, arguments: argparse.Namespace) -> dict[str
     begin = {"outliers": "outliers", "structured": "captured"}.get(re.split("[: ]", label)[0], "plain")
     options = CompileOptions(verify=False, calibration=tuple(samples))
     start = Program.load(folder / begin)
-    began = time.perf_counter()
-    program = rewrite(start, Recipe.load({"passes": methods()[label]}), CPU, options)
-    seconds = time.perf_counter() - began
-    peak = peak_memory()
-    exact = folded(start, methods()[label], options)
-    layers = layer_errors(exact, program, samples[:COMPARED]) if begin != "captured" else {}
-    del start, exact
+    began = time.process_time()
+    with kept_folds() as folds:
+        program = rewrite(start, Recipe.load({"passes": methods()[label]}), CPU, options)
+    seconds, peak = time.process_time() - began, peak_memory()
+    layers = {}
+    if ALIKE.search(label):
+        layers = layer_errors(folds[0] if folds else start, program, samples[:COMPARED])
+    del start, folds
     windows = held_out(folder, arguments)
     known = accuracy.recall(windows, folder / "logits")
     found = accuracy.measure(lambda ids: logits_of(program, ids), windows, reference=known)
     return {
         "method": label,
+        "settings": settings(arguments),
         "bytes": sum(tensor.nbytes for tensor in program.weights().values()),
         "bits": next((r.notes["bits_per_weight"] for r in program.history if "bits_per_weight" in r.notes), None),
         "perplexity": found.perplexity,
@@ -261,15 +274,21 @@ def peak_memory() -> int:
     return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
 
 
-def folded(start: Program, passes: list[Any], options: CompileOptions) -> Program:
-    """The program after those passes of a method that change no function: what its layers are compared with."""
-    recipe = Recipe.load({"passes": passes})
-    exact = [one for one in recipe.passes if one.kind == "exact"]
-    program = rewrite(start, Recipe(name="exact", passes=tuple(exact)), CPU, options) if exact else start.clone()
-    for one in recipe.passes:
-        if isinstance(one, Awq):
-            one.fold(program, Context(CPU, calibration=list(options.calibration)))
-    return program
+@contextmanager
+def kept_folds() -> Iterator[list[Program]]:
+    """The programs in which AWQ has folded scales and rounded nothing yet: what its layers are compared with."""
+    fold, found = Awq.fold, []
+
+    def keep(one: Awq, program: Program, context: Context) -> dict[str, float]:
+        strengths = fold(one, program, context)
+        found.append(program.clone())
+        return strengths
+
+    Awq.fold = keep
+    try:
+        yield found
+    finally:
+        Awq.fold = fold
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -288,7 +307,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-COLUMNS = ("method", "MB", "perplexity", "KL nats", "layer error", "at most simplest", "seconds", "peak GB")
+COLUMNS = ("method", "MB", "perplexity", "KL nats", "layer error", "at most simplest", "CPU s", "peak GB")
 
 
 def cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[str, ...]:
