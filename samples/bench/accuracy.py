@@ -147,7 +147,8 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="print the results in this file, and measure nothing")
     arguments = parser.parse_args()
     if arguments.table:
-        sys.stdout.write(markdown(stored(arguments.table)))
+        rows = [row for row in stored(arguments.table) if any(re.search(p, row["method"]) for p in arguments.only)]
+        sys.stdout.write(markdown(rows))
         return
     torch.set_num_threads(arguments.threads)
     console, failed = Console(), []
