@@ -107,6 +107,9 @@ def with_activations() -> dict[str, list[Any]]:
         found[f"rtn w4a{bits}"] = [{"rtn": {}}, act]
         found[f"gptq w4a{bits}"] = [{"gptq": {}}, act]
         found[f"quarot + gptq w4a{bits}"] = ["quarot", {"gptq": {}}, act]
+    grouped_codes = {"activations": {"format": "int4", "group_size": 64}}
+    found["rtn w4a4 g64"] = [{"rtn": {}}, grouped_codes]
+    found["quarot + gptq w4a4 g64"] = ["quarot", {"gptq": {}}, grouped_codes]
     return found
 
 
