@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=16, help="tokens that enter the cache at a time")
     parser.add_argument("--contexts", type=int, nargs="*", default=[512, 2048, 8128])
     parser.add_argument("--steps", type=int, default=32, help="decode steps that are timed behind each context")
+    parser.add_argument("--no-speed", action="store_true", help="perplexity and bytes only, nothing is compiled")
     parser.add_argument("--long", type=int, default=0, help="only measure a text of so many tokens")
     parser.add_argument("--budget", type=float, default=0.0, help="only compare evicting caches with this share")
     parser.add_argument("--threads", type=int, default=2)
@@ -144,7 +145,7 @@ def work(label: str, folder: str, arguments: argparse.Namespace) -> dict[str, An
         state = found.contract.allocate({"batch": 1, "capacity": context + 1, "blocks": -(-context // 16) + 1})
         row[f"bytes/token {context}"] = round(sum(tensor.nbytes for tensor in state.values()) / context)
     del found
-    return {**row, **speeds(program, passes, tokenizer, arguments)}
+    return row if arguments.no_speed else {**row, **speeds(program, passes, tokenizer, arguments)}
 
 
 def rewritten(program: Program, passes: list[Any], tokenizer: Path) -> Program:
