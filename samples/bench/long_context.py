@@ -41,9 +41,11 @@ def main() -> None:
     parser.add_argument("--factor", type=float, default=0, help="0: longest length over the context")
     parser.add_argument("--windows", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--bf16-products", action="store_true", help="faster, where the CPU multiplies bfloat16")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch.set_float32_matmul_precision("medium" if arguments.bf16_products else "highest")
     source = open_model(demo_model())
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(source.tokenizer_directory, Path(folder) / "tokenizer")
