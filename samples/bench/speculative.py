@@ -5,8 +5,8 @@
     python samples/bench/speculative.py smollm2-fp32 --rounds 1 --draft draft-int2 draft-pruned draft-skip
 
 Greedy, on free text (a story) and on repetitive text (a list that is to be repeated with a change). Artifacts come from
-`graphwright compile`. A draft may also be a recipe for the same model: it is rewritten and run by PyTorch, node by node,
-so that it shows how many guesses hold, and not a speed. Ways of decoding take turns; medians over rounds.
+`graphwright compile`. A draft may also be a recipe for the same model: PyTorch then runs it node by node, which shows
+how many guesses hold, and not a speed. Ways of decoding take turns; medians over rounds.
 """
 
 import argparse
