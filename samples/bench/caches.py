@@ -54,6 +54,7 @@ def layouts(length: int) -> dict[str, list[Any]]:
         "int4": [{"quantized_cache": {"format": "int4"}}],
         "fp8": [{"quantized_cache": {"format": "fp8_e4m3"}}],
         "kivi 2 bits": ["kivi_cache"],
+        "kivi keys 4, values 2 bits": [{"kivi_cache": {"key_bits": 4}}],
         "kivi 4 bits": [{"kivi_cache": {"bits": 4}}],
         "kvquant 3 bits": ["kvquant_cache"],
         "kvquant 2 bits": [{"kvquant_cache": {"bits": 2}}],
