@@ -94,7 +94,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
         for label in labels(arguments):
-            rows.append(in_worker(label, folder))
+            rows.append(work(label, folder, arguments) if arguments.no_speed else in_worker(label, folder))
             Console().print(rows[-1])
             if arguments.json:
                 with arguments.json.open("a") as file:
@@ -123,7 +123,7 @@ def prepare(folder: Path) -> None:
 
 
 def in_worker(label: str, folder: str) -> dict[str, Any]:
-    """Measures one layout in a process of its own."""
+    """Measures one layout in a process of its own, so that no layout is timed beside the memory of another."""
     command = [sys.executable, __file__, *sys.argv[1:], "--worker", label, folder]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
