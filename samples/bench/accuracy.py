@@ -335,7 +335,7 @@ def below_simplest(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     for pattern, simplest in SIMPLEST.items():
         label = re.sub(pattern, simplest, label)
     other = next((other for other in rows if other["method"] == label), row)
-    if other is row or row["layers"].keys() != other["layers"].keys():
+    if other is row or not row["layers"] or row["layers"].keys() != other["layers"].keys():
         return ""
     fewer = sum(error <= other["layers"][layer] for layer, error in row["layers"].items())
     return f"{fewer} of {len(row['layers'])}"
