@@ -11,7 +11,7 @@ experts, so that an expert with many tokens keeps no thread waiting.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -25,6 +25,7 @@ from graphwright.kernels.tir.emit import (
     let,
     local,
     loop,
+    minimum,
     parallel,
     product,
     spread,
@@ -314,12 +315,21 @@ def expert_linear(
         active = k.read("active", (num_experts + 1,), "int32")
         epilogue = Epilogue(k, layer, (choices,), num_experts)
         k.begin()
-        b = Operands(layer, x, weight)
         count = let(tirx.Cast("int64", active[0]))
-        with parallel(let(count * layer.columns)) as task:
+        tasks = let(count * layer.columns)
+
+        def stored_tiles(task: Any, chosen: list[Any]) -> tuple[Any, list[Any]]:
             expert = let(tirx.Cast("int64", active[1 + task % count]))
+            return expert, [let(expert * layer.tiles + tile) for tile in chosen]
+
+        with parallel(tasks) as task:
             chosen = layer.tiles_of(let(task // count))
-            stored = [let(expert * layer.tiles + tile) for tile in chosen]
+            expert, stored = stored_tiles(task, chosen)
+            later = let(minimum(task + 1, tasks - 1))
+            _, next_ = stored_tiles(later, layer.tiles_of(let(later // count)))
+            b = Operands(layer, x, weight)
+            # A task with many rows computes for long, and the next one's weights come meanwhile.
+            many = replace(b, ahead=let((next_[0] - stored[0]) * weight.elements))
             first = let(tirx.Cast("int64", starts[expert]))
             taken = let(tirx.Cast("int64", starts[expert + 1]) - first)
 
@@ -331,7 +341,7 @@ def expert_linear(
                 epilogue.finish(row, chosen, sums, lanes, expert=expert)
 
             def block(panels: list[tuple[Flat, Any]], places: list[Any]) -> None:
-                for place, line in zip(places, products(b, [source(p) for p in places], panels, lanes), strict=True):
+                for place, line in zip(places, products(many, [source(p) for p in places], panels, lanes), strict=True):
                     finish(place, line)
 
             with T.If(taken <= FEW_ROWS):
@@ -340,9 +350,8 @@ def expert_linear(
                     start = source(place)
                     finish(place, [one_row(b, start, tile, lanes) for tile in stored])
                 with T.Else():
-                    panels = [panel(b, tile, lanes) for tile in stored]
-                    many = rows_at_once(lanes, len(chosen))
-                    each_block(first, taken, many, lambda places: block(panels, places))
+                    panels = [panel(many, tile, lanes) for tile in stored]
+                    each_block(first, taken, rows_at_once(lanes, len(chosen)), lambda places: block(panels, places))
     return k.function
 
 
