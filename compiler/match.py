@@ -276,5 +276,12 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
     raise KeyError(name)
 
 
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of a call by their schema names, defaults of those left out included."""
+    known = node.target._schema.arguments
+    given = {a.name: value for a, value in zip(known, node.args, strict=False)}
+    return {**{a.name: a.default_value for a in known if a.has_default_value()}, **given, **node.kwargs}
+
+
 def _names(pattern: Call) -> str:
     return " or ".join(op_name(target) for target in pattern.targets)

@@ -13,8 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.sparse._semi_structured_conversions import (
+    sparse_semi_structured_from_dense_cutlass,
+    sparse_semi_structured_to_dense_cutlass,
+)
 
 from graphwright.errors import PassError
+
+TENSOR_CORES = "2:4 tensor cores"
+"""The layout of 2:4 weights that sparse tensor cores of NVIDIA's GPUs read."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,38 @@ def expand(values: Tensor, places: Tensor) -> Tensor:
     dense.scatter_(-1, first[..., None], values[:, 0, :, None])
     dense.scatter_add_(-1, second[..., None], values[:, 1, :, None])
     return dense.flatten(1)
+
+
+def tensor_core_obstacle(weight: Tensor) -> str:
+    """Why a weight [N, K] cannot have the layout of sparse tensor cores, or empty."""
+    rows, width = weight.shape
+    if weight.dtype not in (torch.float16, torch.bfloat16):
+        return f"its values are {weight.dtype}, and float16 or bfloat16 is needed"
+    if rows % 32 or width % 64:
+        return f"it has {rows} x {width} values, and multiples of 32 x 64 are needed"
+    return ""
+
+
+def compress_for_tensor_cores(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Values [N, K / 2] and metadata int16 [N, K / 16] of a 2:4 weight [N, K], as CUTLASS lays them out.
+
+    A weight of 16 bits takes 9: half its values, and two bits of metadata for each of these.
+
+    Raises:
+        PassError: a group of four has more than two non-zeros, or `tensor_core_obstacle` finds something.
+    """
+    obstacle = tensor_core_obstacle(weight)
+    if obstacle:
+        raise PassError(f"The weight cannot have the layout {TENSOR_CORES}: {obstacle}")
+    if ((weight.unflatten(-1, (-1, 4)) != 0).sum(-1) > 2).any():
+        raise PassError("A group of four weights has more than two non-zeros", fix="Prune the weight to 2:4 first")
+    values, metadata = sparse_semi_structured_from_dense_cutlass(weight)
+    return values.contiguous(), metadata.contiguous()
+
+
+def expand_from_tensor_cores(values: Tensor, metadata: Tensor) -> Tensor:
+    """The dense weight [N, K] of what `compress_for_tensor_cores` made."""
+    return sparse_semi_structured_to_dense_cutlass(values, metadata)
 
 
 def pack_places(places: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from graphwright.op import op_of
 from graphwright.ops.gated_activation import ACTIVATIONS
 from graphwright.program import Program
 from graphwright.rewrite import Editor
+from graphwright.sparsity import TENSOR_CORES
 from graphwright.text import op_name
 
 aten = torch.ops.aten
@@ -122,6 +123,8 @@ def _weight_refusal(format: str, group_size: int) -> str:
 
 
 def _sparse_refusal(layout: str, format: str, x: torch.Tensor, values: torch.Tensor) -> str:
+    if layout == TENSOR_CORES:
+        return "torch's CUTLASS kernel multiplies weights in the layout of sparse tensor cores"
     if layout != "2:4":
         return f"sparse weights of layout {layout} have no kernel; there is one for 2:4"
     if format:

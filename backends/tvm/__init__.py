@@ -7,6 +7,9 @@ Stages of `compile`, in order:
 3. on demand, schedules of kernels are picked by measurement                                      (tuning.py)
 4. the graph is translated into a Relax function per form, with kernels from kernels/tir          (translate.py)
 5. LLVM compiles the module for the target's features, and it is linked into a shared library     (build.py)
+
+An artifact runs without the compiler (executable.py): methods that need TVM's compiler import it themselves, because
+its library is fifty times larger than the runtime and takes longer to import than an artifact takes to load.
 """
 
 import tempfile
@@ -18,12 +21,9 @@ from typing import Any
 from torch import Tensor, fx
 
 from graphwright.backend import Executable, Progress, Support
-from graphwright.backends.tvm.build import build, forms
 from graphwright.backends.tvm.executable import TvmExecutable
 from graphwright.backends.tvm.expert_store import read_plan, write_plan
 from graphwright.backends.tvm.layout import tile_weights
-from graphwright.backends.tvm.support import support
-from graphwright.backends.tvm.tuning import load, save, tune
 from graphwright.contract import Contract
 from graphwright.errors import BackendError
 from graphwright.program import Program
@@ -47,6 +47,8 @@ class TvmBackend:
 
     def supports(self, node: fx.Node, target: Target) -> Support:
         """Whether a node becomes a kernel of this backend, or what stands in the way."""
+        from graphwright.backends.tvm.support import support
+
         return support(node)
 
     def prepare(self, program: Program, target: Target) -> Program:
@@ -59,6 +61,9 @@ class TvmBackend:
         Raises:
             BackendError: a node that this backend cannot translate, or no C compiler to link with.
         """
+        from graphwright.backends.tvm.build import build, forms
+        from graphwright.backends.tvm.tuning import save, tune
+
         found = tune(program, target, self._tuning, progress) if self._tuning else []
         if found:
             save(found, directory)
@@ -78,6 +83,8 @@ class TvmBackend:
         Raises:
             BackendError: none was.
         """
+        from graphwright.backends.tvm.tuning import load
+
         found = load(directory)
         if not found:
             raise BackendError(

@@ -1,14 +1,14 @@
 """Runs a compiled library with TVM's virtual machine: one call per forward, weights and state shared with torch."""
 
+import functools
+import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import tvm
 import tvm_ffi
 from torch import Tensor
-from tvm import relax
 
 from graphwright.backends.tvm import threads
 from graphwright.backends.tvm.expert_store import FETCH, ExpertStore, open_store
@@ -16,6 +16,14 @@ from graphwright.calling import Arguments
 from graphwright.contract import Contract
 from graphwright.errors import ArtifactError, BackendError
 from graphwright.program import CACHE_LINE
+
+_package = importlib.util.find_spec("tvm")
+if _package is None or _package.origin is None:
+    raise ModuleNotFoundError("No module named 'tvm'", name="tvm")
+LIBRARIES = Path(_package.origin).parent / "lib"
+
+CPU, POOLED = 1, 2
+"""DLPack's number of the device, and the virtual machine's of its allocator."""
 
 
 class TvmExecutable:
@@ -40,16 +48,16 @@ class TvmExecutable:
             plan: which experts are fetched, or None.
             mapped: whether weights are mapped from a file, so that experts can be left there.
         """
+        _load_runtime()
         weights = {name: _aligned(weight) for name, weight in weights.items()}
         self.experts = open_store(plan, weights) if plan is not None and mapped else None
         for layer in range(len(plan["layers"]) if plan is not None else 0):
             # A virtual machine looks these functions up when it is made, so each has those of its own store.
             tvm_ffi.register_global_func(f"{FETCH}.{layer}", _fetcher(self.experts, layer), override=True)
         try:
-            library = tvm.runtime.load_module(str(file))
+            machine = _virtual_machine(file)
         except RuntimeError as error:
             raise ArtifactError(f"Compiled library {file} cannot be loaded: {error}") from error
-        machine = relax.VirtualMachine(library, tvm.cpu())
         self._forms = {form: machine[form] for form in forms}
         self._arguments = Arguments(contract)
         self._state = [spec.name for spec in contract.state]
@@ -73,6 +81,19 @@ class TvmExecutable:
         one = "decode" in self._forms and self._arguments.one_token(tensors)
         outputs = self._forms["decode" if one else "general"](*arguments, self._weights)
         return tuple(torch.from_dlpack(output) for output in outputs)
+
+
+@functools.cache
+def _load_runtime() -> None:
+    """Loads TVM's runtime as `import tvm` would, without the compiler; libraries that come later find its symbols."""
+    tvm_ffi.libinfo.load_lib_ctypes("tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=[LIBRARIES])
+
+
+def _virtual_machine(file: Path) -> tvm_ffi.Module:
+    """The functions of a library, over a pooled allocator of the CPU."""
+    machine = tvm_ffi.load_module(str(file))["vm_load_executable"]()
+    machine["vm_initialization"](CPU, 0, POOLED)
+    return machine
 
 
 def _fetcher(store: ExpertStore | None, layer: int) -> Callable[..., None]:

@@ -16,8 +16,8 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from graphwright import ops
-from graphwright.backends.tvm.values import arguments
 from graphwright.kernels.tir import tiles
+from graphwright.match import arguments
 from graphwright.op import Cost, Sample, TensorInfo, op
 from graphwright.rewrite import Editor
 

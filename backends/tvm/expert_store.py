@@ -22,8 +22,8 @@ from torch import Tensor
 
 from graphwright import ops
 from graphwright.backends.tvm.expert_layout import PARTS, tiled_experts
-from graphwright.backends.tvm.values import arguments
 from graphwright.errors import ArtifactError, BackendError
+from graphwright.match import arguments
 from graphwright.program import Program
 
 PLAN = "experts.json"

@@ -10,8 +10,9 @@ from torch import fx
 from tvm import relax, tirx
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
-from graphwright.backends.tvm.values import Sizes, arguments, size_of
+from graphwright.backends.tvm.values import Sizes, size_of
 from graphwright.errors import BackendError
+from graphwright.match import arguments
 from graphwright.rewrite import describe
 
 

@@ -10,8 +10,8 @@ from graphwright.backends.tvm.fusion import cached_parts, multiplies_codes
 from graphwright.backends.tvm.layout import fractional, halves_obstacle, stored_float
 from graphwright.backends.tvm.leftovers import converter_name, refusal
 from graphwright.backends.tvm.translate import KERNELS, VIEWS, constant_place
-from graphwright.backends.tvm.values import arguments
 from graphwright.kernels.tir.tiles import fits
+from graphwright.match import arguments
 from graphwright.op import op_of
 from graphwright.text import op_name
 

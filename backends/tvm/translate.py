@@ -29,7 +29,6 @@ from graphwright.backends.tvm.leftovers import Leftovers
 from graphwright.backends.tvm.values import (
     Sizes,
     View,
-    arguments,
     expand,
     insert,
     narrow,
@@ -65,6 +64,7 @@ from graphwright.kernels.tir.quantized_linear import DEFAULT, code_row
 from graphwright.kernels.tir.quantized_linear import matrix as integer_matrix
 from graphwright.kernels.tir.quantized_linear import vector as integer_vector
 from graphwright.kernels.tir.tiles import ROWS
+from graphwright.match import arguments
 from graphwright.ops.expert_capacity import ratio
 from graphwright.program import Program
 from graphwright.rewrite import describe

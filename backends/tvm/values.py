@@ -10,7 +10,6 @@ from typing import Any
 
 import sympy
 import torch
-from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Mod
 from tvm import relax, tirx
 
@@ -34,13 +33,6 @@ class View:
         """It is all of its variable, in order."""
         expected = Layout.contiguous(self.layout.shape)
         return self.layout.strides == expected.strides and self.layout.base == self.layout.shape
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """Arguments of a call by name, defaults included."""
-    known = node.target._schema.arguments
-    given = {a.name: value for a, value in zip(known, node.args, strict=False)}
-    return {**{a.name: a.default_value for a in known if a.has_default_value()}, **given, **node.kwargs}
 
 
 class Sizes:

@@ -29,12 +29,13 @@ def sparse_linear(
     Args:
         x: [..., K], floating point.
         values: of layout `2:4`: [N, 2, K / 4], or packed codes of [2 N, K / 4]; of blocks: [blocks, R * C], or the
-            packed codes of all of them as one row.
-        places: of layout `2:4`: uint8 [N, ceil(K / 8)]; of blocks: uint8 [N / R, ceil(K / C / 8)].
+            packed codes of all of them as one row; of `2:4 tensor cores`: float16 or bfloat16 [N, K / 2].
+        places: of layout `2:4`: uint8 [N, ceil(K / 8)]; of blocks: uint8 [N / R, ceil(K / C / 8)]; of
+            `2:4 tensor cores`: int16 [N, K / 16].
         scale: [N, G], float16 or float32, or None for floating-point values.
         zero_point: [N, G] in codes, or None.
         bias: [N] or None.
-        layout: `2:4`, or blocks `RxC`; `1x1` is a bitmask of single weights.
+        layout: `2:4`, `2:4 tensor cores`, or blocks `RxC`; `1x1` is a bitmask of single weights.
         format: a name in `packing.FORMATS`, or empty for floating-point values.
         group_size: columns of the dense weight that share a scale; of layout `2:4` a multiple of four that divides K.
         outputs: N.
@@ -42,11 +43,24 @@ def sparse_linear(
     Returns:
         [..., N].
     """
-    if layout == "2:4":
+    if layout == sparsity.TENSOR_CORES:
+        if x.is_cuda:
+            return _on_tensor_cores(x, values, places, bias)
+        weight = sparsity.expand_from_tensor_cores(values, places)
+    elif layout == "2:4":
         weight = _halves(values, places, scale, zero_point, format, group_size)
     else:
         weight = _blocks(values, places, scale, zero_point, layout, format, group_size, x.shape[-1])
     return functional.linear(x, weight.to(x.dtype), bias)
+
+
+def _on_tensor_cores(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None) -> Tensor:
+    """The product by torch's CUTLASS kernel, which takes a multiple of eight columns."""
+    flat = x.flatten(0, -2).to(values.dtype)
+    columns = functional.pad(flat, (0, 0, 0, -len(flat) % 8)).t()
+    product = torch._sparse_semi_structured_mm(values, metadata, columns).t()[: len(flat)]
+    out = product if bias is None else product + bias
+    return out.reshape(*x.shape[:-1], -1).to(x.dtype)
 
 
 def _halves(
@@ -95,7 +109,7 @@ def _fake(x: Tensor, *rest: object, **_more: object) -> Tensor:
 def _cost(x: TensorInfo, values: TensorInfo, places: TensorInfo, *rest: object, **_more: object) -> Cost:
     # What a kernel that skips zeros does; where there is none, the dense weight is multiplied.
     outputs, layout, format = rest[-1], rest[3], str(rest[4])
-    if layout == "2:4":
+    if layout in ("2:4", sparsity.TENSOR_CORES):
         return Cost(flops=x.numel * outputs)
     share = packing.FORMATS[format].bits if format else 8 * values.dtype.itemsize
     stored = values.numel * values.dtype.itemsize * 8 // share
@@ -104,6 +118,12 @@ def _cost(x: TensorInfo, values: TensorInfo, places: TensorInfo, *rest: object, 
 
 @sparse_linear.samples
 def _samples(dtype: torch.dtype) -> Iterator[Sample]:
+    if dtype in (torch.float16, torch.bfloat16):
+        weight = torch.randn(64, 128, dtype=dtype)
+        weight *= sparsity.Pattern(2, 4).keep(weight.abs().float(), 0.5)
+        stored = sparsity.compress_for_tensor_cores(weight)
+        x, layout = torch.randn(2, 5, 128, dtype=dtype), sparsity.TENSOR_CORES
+        yield Sample((x, *stored, None, None, None, layout, "", 0, 64), note=layout)
     for rows in ((1, 1), (2, 5)):
         x, bias = torch.randn(*rows, 96, dtype=dtype), torch.randn(40, dtype=dtype) if rows == (2, 5) else None
         weight = torch.randn(40, 96, dtype=dtype)

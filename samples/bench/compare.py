@@ -1,10 +1,14 @@
 """The benchmark against peers: one interleaved run, 2 threads, batch 1, SmolLM2; medians and ratios.
 
     python samples/bench/compare.py smollm2-fp32 smollm2-int8 smollm2-int4-dynamic --rounds 5 --gguf smollm2-q4_0.gguf
+    python samples/bench/compare.py random-int4-dynamic --model random-llama --gguf random-llama/model-q4_0.gguf \
+        --batches 8 --windows 0 --without-torch
 
 Arguments are artifact directories; the peers are eager Hugging Face, torch.compile with a static cache, and llama.cpp
-and OpenVINO GenAI on the GGUF files given. Beside the speed stand the share of the memory bandwidth, measured in the
-same run, that reading all weights once per token needs, and the accuracy on held-out text of whoever gives logits.
+and OpenVINO GenAI on the GGUF files given, which `gguf_models.py` writes. `--batches` times the artifacts at more
+batch sizes too; tokens per second are those of all sequences together. Beside the speed stand the share of the memory
+bandwidth, measured in the same run, that reading all weights once per step needs, and the accuracy on held-out text of
+whoever gives logits.
 """
 
 import argparse
@@ -46,18 +50,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("artifacts", nargs="+", type=Path)
     parser.add_argument("--gguf", type=Path, action="append", default=[], help="a file for llama.cpp and OpenVINO")
+    parser.add_argument("--model", default=str(demo_model()), help="what eager and torch.compile run")
+    parser.add_argument("--without-torch", action="store_true", help="leave out eager and torch.compile")
+    parser.add_argument("--batches", type=int, nargs="*", default=[], help="more batch sizes for the artifacts")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--windows", type=int, default=6, help="of 256 tokens, for perplexity")
+    parser.add_argument("--windows", type=int, default=6, help="of 256 tokens, for perplexity; 0 for none")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     console = Console(stderr=True)
-    model = open_model(demo_model()).model
-    peers: list[Peer] = [HuggingFace(model), TorchCompile(model)]
-    peers += [Peer.of_artifact(path.name, graphwright.load(path)) for path in arguments.artifacts]
+    peers: list[Peer] = []
+    if not arguments.without_torch:
+        model = open_model(arguments.model).model
+        peers = [HuggingFace(model), TorchCompile(model)]
+    compiled = {path.name: graphwright.load(path) for path in arguments.artifacts}
+    peers += [Peer.of_artifact(name, artifact) for name, artifact in compiled.items()]
+    peers += [
+        Peer.of_artifact(f"{name} x {batch}", artifact, batch)
+        for name, artifact in compiled.items()
+        for batch in arguments.batches
+    ]
     peers += [kind(path) for path in arguments.gguf for kind in (LlamaCpp, OpenVino)]
     bandwidth = read_bandwidth()
     timings = interleaved(
@@ -67,17 +82,19 @@ def main() -> None:
         rounds=arguments.rounds,
         progress=console.print,
     )
-    eager = timings[peers[0].name]
-    scores = accuracies(peers, Tokenizer(arguments.artifacts[0] / "tokenizer"), arguments.windows)
+    first = timings[peers[0].name]
+    scores = {}
+    if arguments.windows:
+        scores = accuracies(peers, Tokenizer(arguments.artifacts[0] / "tokenizer"), arguments.windows)
     rows = [
         {
             "peer": peer.name,
             "decode tok/s": round(timings[peer.name].decode, 1),
-            "decode x eager": round(timings[peer.name].decode / eager.decode, 2),
+            "x first": round(timings[peer.name].decode / first.decode, 2),
             "prefill tok/s": round(timings[peer.name].prefill, 1),
-            "prefill x eager": round(timings[peer.name].prefill / eager.prefill, 2),
+            "x first ": round(timings[peer.name].prefill / first.prefill, 2),
             "weights MB": round(peer.weight_bytes / 1e6, 1),
-            "% of bandwidth": round(100 * peer.weight_bytes * timings[peer.name].decode / bandwidth),
+            "% of bandwidth": round(100 * peer.weight_bytes * timings[peer.name].decode / peer.batch / bandwidth),
             **scores.get(peer.name, {"perplexity": "", "KL": "", "same token": ""}),
         }
         for peer in peers

@@ -59,6 +59,8 @@ class Peer:
     """From a capacity to what times one round."""
     logits: Logits | None = None
     """Token ids [1, S] to logits [1, S, vocabulary], where a peer gives them."""
+    batch: int = 1
+    """Sequences per step."""
 
     @staticmethod
     def stepping(name: str, weight_bytes: int, make: Callable[[int], Step], logits: Logits) -> "Peer":
@@ -66,12 +68,12 @@ class Peer:
         return Peer(name, weight_bytes, lambda capacity: partial(_timed_steps, make(capacity)), logits)
 
     @staticmethod
-    def of_artifact(name: str, compiled: Compiled) -> "Peer":
-        """An artifact of ours."""
+    def of_artifact(name: str, compiled: Compiled, batch: int = 1) -> "Peer":
+        """An artifact of ours; its logits, which do not depend on the batch, are given once."""
         weights = sum(tensor.nbytes for tensor in compiled.program.weights().values())
         contract, vocabulary = compiled.program.contract, compiled.program.metadata.vocab_size
-        make = lambda size: Stepper(compiled.executable, contract, 1, size, vocabulary)  # noqa: E731
-        return Peer.stepping(name, weights, make, compiled.logits)
+        make = lambda size: partial(_timed_steps, Stepper(compiled.executable, contract, batch, size, vocabulary))  # noqa: E731
+        return Peer(name, weights, make, compiled.logits if batch == 1 else None, batch)
 
 
 def _timed_steps(step: Step, prompt_tokens: int, new_tokens: int) -> tuple[float, list[float]]:
@@ -203,7 +205,7 @@ def interleaved(
         for peer in peers:
             prefill, steps = rounds_of[peer.name](prompt_tokens, new_tokens if number else 2)
             if number:
-                timings[peer.name].prefill_samples.append(prompt_tokens / prefill)
-                timings[peer.name].decode_samples += [1 / seconds for seconds in steps]
+                timings[peer.name].prefill_samples.append(peer.batch * prompt_tokens / prefill)
+                timings[peer.name].decode_samples += [peer.batch / seconds for seconds in steps]
         progress(f"round {number} of {rounds} done" if number else "warmed up")
     return timings

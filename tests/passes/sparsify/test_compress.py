@@ -6,10 +6,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from passes.quantize.quantizing import batches, run
 
+from graphwright.errors import PassError
+from graphwright.feeding import logits_of
+from graphwright.manager import PassManager, plan_passes
 from graphwright.ops import quantized_linear, sparse_linear
+from graphwright.pass_ import Context
 from graphwright.program import Program
-from graphwright.sparsity import blocks_kept, from_blocks, to_blocks
+from graphwright.recipe import Recipe
+from graphwright.registry import backend
+from graphwright.sparsity import (
+    Pattern,
+    blocks_kept,
+    compress_for_tensor_cores,
+    expand_from_tensor_cores,
+    from_blocks,
+    to_blocks,
+)
 from graphwright.structure import head
+from graphwright.target import GPUS
 
 
 @given(
@@ -85,3 +99,53 @@ def test_the_joint_solve_in_four_bits_takes_three():
 def test_what_would_not_get_smaller_stays():
     _, after = run(["compress_sparse"])
     assert after.history[-1].sites == 0
+
+
+@given(rows=st.integers(1, 3), columns=st.integers(1, 3), kept=st.floats(0, 1), half=st.booleans())
+@settings(deadline=None, max_examples=20)
+def test_the_layout_of_tensor_cores_is_undone_bit_for_bit(rows, columns, kept, half):
+    generator = torch.Generator().manual_seed(rows)
+    shape = 32 * rows, 64 * columns
+    weight = torch.randn(*shape, generator=generator).to(torch.float16 if half else torch.bfloat16)
+    weight *= Pattern(2, 4).keep(torch.rand(*shape, generator=generator), 0.5)
+    weight *= torch.rand(*shape, generator=generator) <= kept
+    values, metadata = compress_for_tensor_cores(weight)
+    assert torch.equal(expand_from_tensor_cores(values, metadata), weight)
+    assert (values.nbytes + metadata.nbytes) * 8 == weight.numel() * 9
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.zeros(32, 64), "float16 or bfloat16 is needed"),
+        (torch.zeros(16, 64, dtype=torch.float16), "multiples of 32 x 64"),
+        (torch.zeros(32, 96, dtype=torch.float16), "multiples of 32 x 64"),
+        (torch.ones(32, 64, dtype=torch.float16), "more than two non-zeros"),
+    ],
+)
+def test_what_tensor_cores_cannot_read_is_refused(weight, message):
+    with pytest.raises(PassError, match=message):
+        compress_for_tensor_cores(weight)
+
+
+def test_layers_get_the_layout_of_tensor_cores_where_they_fit(tmp_path):
+    passes = [{"cast": {"dtype": "bfloat16"}}, {"magnitude": {"pattern": "2:4"}}]
+    wanted = {"compress_sparse": {"tensor_cores": True}}
+    before, pruned = run(passes)
+    plan = plan_passes(Recipe.load({"passes": [*passes, wanted]}), before)
+    after = PassManager(Context(GPUS["cuda:sm_80"])).run(before, plan)
+    record = after.history[-1]
+    assert record.notes["layouts"] == {"2:4 tensor cores": 12, "2:4": 2}
+    assert record.notes["tensor_cores"] == [
+        "a weight stays 2:4 because it has 64 x 96 values, and multiples of 32 x 64 are needed"
+    ]
+    assert record.error < 1e-2
+    node = next(iter(after.calls(sparse_linear.target)))
+    assert after.weight(node.args[2]).dtype == torch.int16
+    assert "CUTLASS" in backend("triton").supports(node, GPUS["cuda:sm_80"]).reason
+    ids = batches(1)[0]["input_ids"]
+    assert torch.equal(logits_of(after, ids), logits_of(pruned, ids))
+    after.save(tmp_path)
+    assert Program.load(tmp_path).text(shapes=False) == after.text(shapes=False)
+    with pytest.raises(PassError, match="Sparse tensor cores are NVIDIA's, and the target is cpu"):
+        run([*passes, wanted])
