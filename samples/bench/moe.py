@@ -79,7 +79,6 @@ def main() -> None:
         for count in arguments.experts:
             if top_k <= count:
                 measured(count, top_k, arguments, table, cold)
-                print(f"{count} experts, top {top_k} done", flush=True)
     console.print(table)
     console.print(cold)
 
@@ -95,11 +94,14 @@ def measured(count: int, top_k: int, arguments: argparse.Namespace, table: Table
         gathered = 4 * tokens * top_k * 3 * arguments.hidden * arguments.inner
         paths = [path for path in PATHS if path != "batched_mm" or gathered <= MOST_GATHERED]
         peers = {**{path: through(block, path) for path in paths}, **fixed}
-        table.add_row(
-            str(count), str(top_k), str(tokens), *shown(interleaved(peers, inputs, arguments.rounds), arguments)
-        )
+        row = [str(count), str(top_k), str(tokens)]
+        row += shown(interleaved(peers, inputs, arguments.rounds), arguments)
+        table.add_row(*row)
+        print(*row, flush=True)
         if tokens == 1:
-            cold.add_row(str(count), str(top_k), "1", *shown(after_others(peers, inputs), arguments))
+            row = [*row[:3], *shown(after_others(peers, inputs), arguments)]
+            cold.add_row(*row)
+            print(*row, "cold", flush=True)
 
 
 def shown(times: dict[str, float], arguments: argparse.Namespace) -> list[str]:
