@@ -9,7 +9,7 @@ last fifth is held out for evaluation and the rest may serve calibration.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc_data import topics
@@ -29,6 +29,8 @@ Logits = Callable[[Tensor], Tensor]
 HELD_OUT = 0.2
 HELD_OUT_TEXT = "documentation of CPython, held-out fifth"
 """What reports call the built-in text's evaluation part."""
+SCORED = 256
+"""Tokens at the end of a text whose perplexity is measured over its length."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,52 @@ def token_windows(tokens: list[int], length: int, count: int) -> Tensor:
         )
     number = min(count, available)
     return torch.tensor(tokens[: number * length]).reshape(number, length)
+
+
+def text_ends(tokens: list[int], lengths: Sequence[int], count: int = 2) -> list[int]:
+    """Where `count` texts end, evenly spread, so that the longest of `lengths` fits before each.
+
+    Raises:
+        GraphwrightError: no length, one below 2, or one beyond the text.
+    """
+    if not lengths or min(lengths) < 2 or max(lengths) > len(tokens):
+        raise GraphwrightError(
+            f"A text of {len(tokens)} tokens does not show perplexity over lengths {', '.join(map(str, lengths))}",
+            fix="Give lengths of at least 2 tokens that the text has",
+        )
+    ends: list[int] = torch.linspace(max(lengths), len(tokens), count).long().tolist()
+    return ends
+
+
+def over_lengths(
+    logits: Callable[[Tensor, int], Tensor],
+    tokens: list[int],
+    ends: Sequence[int],
+    lengths: Sequence[int],
+    progress: Callable[[str, float], None] = lambda _text, _fraction: None,
+) -> dict[int, float]:
+    """Perplexity by length of the text: that of the last `SCORED` tokens, or of all but one of the shortest length.
+
+    All lengths score the same tokens, and differ in how much of the text before them is seen.
+
+    Args:
+        logits: of ids [1, S] and n, those of the last n of them, [1, n, vocabulary].
+        tokens: of the text.
+        ends: where the texts end, from `text_ends`.
+        lengths: of the texts.
+        progress: called with what is being done and the finished fraction.
+    """
+    found = {}
+    scored = min(SCORED, min(lengths) - 1)
+    for index, length in enumerate(lengths):
+        progress("perplexity over length", index / len(lengths))
+        losses = []
+        for end in ends:
+            ids = torch.tensor([tokens[end - length : end]])
+            predicted = logits(ids, scored + 1)[0, :-1].float()
+            losses.append(float(functional.cross_entropy(predicted, ids[0, -scored:])))
+        found[length] = math.exp(sum(losses) / len(losses))
+    return found
 
 
 def remember(logits: Logits, windows: Tensor, folder: Path) -> Logits:

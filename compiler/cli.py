@@ -77,6 +77,9 @@ def compile(
     force: Annotated[bool, typer.Option("--force", help="Overwrite an artifact that is there")] = False,
     verify: Annotated[bool, typer.Option(help="Compare numbers after every pass")] = True,
     measure: Annotated[bool, typer.Option(help="Measure speed and accuracy for the report")] = True,
+    lengths: Annotated[
+        list[int] | None, typer.Option("--length", min=2, help="Perplexity at this length of text; may be repeated")
+    ] = None,
     tune: Annotated[float, typer.Option(min=0, help="Seconds for measuring schedules of kernels; 0: defaults")] = 0.0,
     dump: Annotated[Path | None, typer.Option(help="Write the graph's text after every pass here")] = None,
     seed: Annotated[int, typer.Option(help="Seeds everything random")] = 0,
@@ -100,6 +103,7 @@ def compile(
             calibration_length=calibration_length,
             checkpoint=checkpoint,
             evaluate=EVALUATED_WINDOWS if measure else 0,
+            lengths=tuple(lengths or ()),
             tune=tune,
             dump=dump,
             progress=progress,

@@ -6,11 +6,12 @@ compiled.save("smollm2-int4")
 compiled = load("smollm2-int4")
 """
 
+import functools
 import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,13 +25,14 @@ from graphwright.calibration import LENGTH, SAMPLES, from_text
 from graphwright.capture import DimNames, capture
 from graphwright.engine.generate import GenerationResult, Generator
 from graphwright.engine.tokenizer import Tokenizer
-from graphwright.errors import ArtifactError
-from graphwright.feeding import logits_of, token_inputs
+from graphwright.errors import ArtifactError, GraphwrightError
+from graphwright.feeding import last_logits, logits_of, token_inputs
 from graphwright.manager import Observer, PassManager, plan_passes
 from graphwright.pass_ import Context
 from graphwright.program import Program, load_weights
 from graphwright.recipe import Recipe
 from graphwright.report.collect import Report, collect
+from graphwright.report.data import LengthRow
 from graphwright.report.html import render
 from graphwright.rewrite import Fuel
 from graphwright.sources import open_model
@@ -67,6 +69,8 @@ class CompileOptions:
         fuel: the number of rewrites that may happen, None for all.
         evaluate: windows of held-out text on which the compiled program is compared with the captured one for the
             report, where it runs on this machine and the model has a tokenizer.
+        lengths: lengths of held-out texts over which perplexity is measured for the report, of the compiled program
+            and, as far as its context goes, of the captured one; needs a tokenizer and this machine as the target.
         tune: seconds for which schedules of kernels are measured, on this machine, before they are compiled.
         also: more targets of the same backend to compile for, into one artifact.
     """
@@ -84,6 +88,7 @@ class CompileOptions:
     progress: Progress = _silent
     fuel: int | None = None
     evaluate: int = 0
+    lengths: tuple[int, ...] = ()
     tune: float = 0.0
     also: tuple[str, ...] = ()
 
@@ -165,6 +170,7 @@ def compile(
             del source
     options = with_calibration_text(options, wanted, captured, folder / TOKENIZER)
     comparison = _comparison(options, captured, folder) if machine.here else None
+    original_lengths = _original_lengths(options, captured, folder, machine)
     with _timed(seconds, "rewrite"):
         before = captured.shape_only()
         # A program that the caller gave stays as it is; one captured here is used up, to free weights early.
@@ -172,6 +178,7 @@ def compile(
         del model
         rewritten = rewrite(captured, wanted, machine, options, consume=mine)
         del captured
+    _require_context(options, rewritten)
     with _timed(seconds, "lower"):
         lowering, passed_over = choose(rewritten, machine, backends_for(machine, options.backend))
         lowering = tuned(lowering, options.tune)
@@ -200,6 +207,8 @@ def compile(
         )
         report.accuracy = measured.to_json()
         shutil.rmtree(folder / ORIGINAL)
+    if options.lengths:
+        report.lengths = _lengths(compiled, options, original_lengths)
     return compiled
 
 
@@ -215,6 +224,56 @@ def _comparison(options: CompileOptions, program: Program, folder: Path) -> tupl
     kept.mkdir()
     options.progress("evaluate the original", 0.0)
     return windows, accuracy.remember(lambda ids: logits_of(program, ids), windows, kept)
+
+
+def _original_lengths(options: CompileOptions, program: Program, folder: Path, machine: Target) -> dict[int, float]:
+    """The captured program's perplexity at those of the lengths that it takes.
+
+    Raises:
+        GraphwrightError: lengths were asked for that cannot be measured; it is found before the long work.
+    """
+    if not options.lengths:
+        return {}
+    if not (machine.here and (folder / TOKENIZER).is_dir() and program.metadata.causal):
+        raise GraphwrightError(
+            "Perplexity over length is measured on text, by running the compiled language model here",
+            fix="Compile a causal model with a tokenizer for this machine, or ask for no lengths",
+        )
+    return _over_lengths(options, program, program, folder, program.metadata.context_length)
+
+
+def _require_context(options: CompileOptions, program: Program) -> None:
+    """Refuses lengths that the rewritten program does not take.
+
+    Raises:
+        GraphwrightError: there is one.
+    """
+    longest, context = max(options.lengths, default=0), program.metadata.context_length
+    if longest > context:
+        raise GraphwrightError(
+            f"Perplexity was asked for at {longest} tokens, and the rewritten program takes {context}",
+            fix="Ask for shorter texts, or lengthen the context with a pass such as yarn",
+        )
+
+
+def _lengths(compiled: "Compiled", options: CompileOptions, original: Mapping[int, float]) -> list[LengthRow]:
+    """Rows of the report, for the compiled program beside the original."""
+    found = _over_lengths(options, compiled, compiled.program, compiled.folder, max(options.lengths))
+    return [
+        {"length": length, "perplexity": value, "reference_perplexity": original.get(length)}
+        for length, value in sorted(found.items())
+    ]
+
+
+def _over_lengths(
+    options: CompileOptions, call: Callable[..., Any], program: Program, folder: Path, longest: int
+) -> dict[int, float]:
+    """Perplexity of `program` as `call` runs it, at the lengths up to `longest`."""
+    tokens = Tokenizer(folder / TOKENIZER).encode(accuracy.built_in_text(held_out=True))
+    ends = accuracy.text_ends(tokens, options.lengths)
+    taken = [length for length in options.lengths if length <= longest]
+    logits = functools.partial(last_logits, call, program)
+    return accuracy.over_lengths(logits, tokens, ends, taken, options.progress) if taken else {}
 
 
 def copy_tokenizer(tokenizer: Path | str | None, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Feeding tokens to a program, whatever its contract: cache-free or with caches, all logits or chosen ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +70,23 @@ def _fill(spec: InputSpec, input_ids: Tensor, mask: Tensor, steps: Tensor) -> Te
         f"Input {spec.name} is not a token input, so tokens alone do not feed this program",
         fix="Call the program with all its inputs by name",
     )
+
+
+def last_logits(call: Callable[..., Any], program: Program, input_ids: Tensor, count: int) -> Tensor:
+    """Logits [B, count, vocabulary] of the last `count` tokens of `input_ids` [B, S], in one forward.
+
+    Args:
+        call: what runs `program`: itself, or its compiled form.
+        program: whose inputs are filled; where it takes `logit_index`, no other logits are computed.
+        input_ids: int64 [B, S].
+        count: at most S.
+    """
+    tensors = token_inputs(program, input_ids)
+    chosen = program.contract.input("logit_index")
+    if chosen is not None:
+        tensors[chosen.name] = tensors[chosen.name][:, -count:].contiguous()
+    logits: Tensor = call(**tensors)[0]
+    return logits[:, -count:]
 
 
 def block_tables(spec: InputSpec, batch: int, length: int) -> Tensor:

@@ -64,6 +64,14 @@ class EstimateRow(TypedDict):
     note: str
 
 
+class LengthRow(TypedDict):
+    """Perplexity at the end of texts of this length; None where the original does not take as much."""
+
+    length: int
+    perplexity: float
+    reference_perplexity: float | None
+
+
 class PictureNode(TypedDict):
     """One box; `flops` and `cost_bytes` are at the sizes that the picture names."""
 
@@ -97,7 +105,7 @@ class Picture(TypedDict):
 
 @dataclass
 class Report:
-    """What was compiled, what each pass did, and what came out. The last four fields are filled in later."""
+    """What was compiled, what each pass did, and what came out. Fields that may be None are filled in later."""
 
     model: dict[str, Any]
     target: dict[str, Any]
@@ -120,6 +128,7 @@ class Report:
     artifact_bytes: int | None = None
     speed: dict[str, Any] | None = None
     accuracy: dict[str, Any] | None = None
+    lengths: list[LengthRow] | None = None
     export: dict[str, Any] | None = None
     """Format, options, files with their sizes, what the format says, and what running it has shown."""
     version: int = field(default=VERSION)

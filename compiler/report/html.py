@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from graphwright.report import chart, facts
 from graphwright.report.data import PassRow, Picture, Report, Side
 from graphwright.report.frontier import frontier_charts
+from graphwright.report.lengths import length_chart
 from graphwright.report.picture import layout
 
 WORST_LAYERS = 12
@@ -39,6 +40,7 @@ def render(report: Report) -> str:
         chart=chart.roofline_chart(report),
         chart_size=(chart.WIDTH, chart.HEIGHT, chart.LEFT, chart.RIGHT, chart.TOP, chart.BOTTOM),
         frontiers=frontier_charts(report),
+        lengths=length_chart(report),
         pictures=[(side, report.pictures[side], layout(report.pictures[side])) for side in SIDES],
         heaviest={side: _heaviest(report.pictures[side]) for side in SIDES},
         left=facts.leftovers(report),

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graphwright.report import facts
-from graphwright.report.data import PassRow, Report
+from graphwright.report.data import LengthRow, PassRow, Report
 from graphwright.report.frontier import chosen_text
 
 KIND_STYLE = {"exact": "green", "approximate": "yellow", "structural": "blue"}
@@ -83,6 +83,8 @@ def _facts(report: Report) -> Table:
     for label, values in (("Speed", report.speed), ("Accuracy", report.accuracy)):
         if values:
             table.add_row(label, _measured(values))
+    if report.lengths:
+        table.add_row("Length", Text("; ".join(_length(row) for row in report.lengths)))
     if report.export:
         table.add_row("Export", _export(report.export))
     table.add_row("Estimate", _estimate(report))
@@ -97,6 +99,12 @@ def _measured(values: dict[str, Any]) -> Text:
     for name, value in facts.table(values):
         text.append("; " if text else "").append(f"{name} ", style="dim").append(value)
     return text
+
+
+def _length(row: LengthRow) -> str:
+    original = row["reference_perplexity"]
+    beside = f" (original {facts.figure(original)})" if original is not None else ""
+    return f"{row['length']} tokens: perplexity {facts.figure(row['perplexity'])}{beside}"
 
 
 def _export(export: dict[str, Any]) -> Text:

@@ -54,6 +54,7 @@ def layouts(length: int) -> dict[str, list[Any]]:
         "int4": [{"quantized_cache": {"format": "int4"}}],
         "fp8": [{"quantized_cache": {"format": "fp8_e4m3"}}],
         "kivi 2 bits": ["kivi_cache"],
+        "kivi keys 4, values 2 bits": [{"kivi_cache": {"key_bits": 4}}],
         "kivi 4 bits": [{"kivi_cache": {"bits": 4}}],
         "kvquant 3 bits": ["kvquant_cache"],
         "kvquant 2 bits": [{"kvquant_cache": {"bits": 2}}],
@@ -75,13 +76,17 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=16, help="tokens that enter the cache at a time")
     parser.add_argument("--contexts", type=int, nargs="*", default=[512, 2048, 8128])
     parser.add_argument("--steps", type=int, default=32, help="decode steps that are timed behind each context")
+    parser.add_argument("--no-speed", action="store_true", help="perplexity and bytes only, nothing is compiled")
     parser.add_argument("--long", type=int, default=0, help="only measure a text of so many tokens")
+    parser.add_argument("--kept", type=int, default=1024, help="tokens that caches keep of the long text")
     parser.add_argument("--budget", type=float, default=0.0, help="only compare evicting caches with this share")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--bf16-products", action="store_true", help="faster, where the CPU multiplies bfloat16")
     parser.add_argument("--json", type=Path, help="write the results here, one JSON object a line, as they come")
     parser.add_argument("--worker", nargs=2, metavar=("LABEL", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch.set_float32_matmul_precision("medium" if arguments.bf16_products else "highest")
     if arguments.worker:
         sys.stdout.write(json.dumps(work(*arguments.worker, arguments)) + "\n")
         return
@@ -89,7 +94,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
         for label in labels(arguments):
-            rows.append(in_worker(label, folder))
+            rows.append(work(label, folder, arguments) if arguments.no_speed else in_worker(label, folder))
             Console().print(rows[-1])
             if arguments.json:
                 with arguments.json.open("a") as file:
@@ -118,7 +123,7 @@ def prepare(folder: Path) -> None:
 
 
 def in_worker(label: str, folder: str) -> dict[str, Any]:
-    """Measures one layout in a process of its own."""
+    """Measures one layout in a process of its own, so that no layout is timed beside the memory of another."""
     command = [sys.executable, __file__, *sys.argv[1:], "--worker", label, folder]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -129,7 +134,8 @@ def work(label: str, folder: str, arguments: argparse.Namespace) -> dict[str, An
     """One row."""
     tokenizer = Path(folder) / "tokenizer"
     text = Tokenizer(tokenizer).encode(accuracy.built_in_text(held_out=True))
-    program = Program.load(Path(folder) / "plain")
+    arguments.plain = Path(folder) / "plain"
+    program = Program.load(arguments.plain)
     if label.startswith("long "):
         return long_text(label, program, text, arguments)
     if label.startswith("budget "):
@@ -144,7 +150,7 @@ def work(label: str, folder: str, arguments: argparse.Namespace) -> dict[str, An
         state = found.contract.allocate({"batch": 1, "capacity": context + 1, "blocks": -(-context // 16) + 1})
         row[f"bytes/token {context}"] = round(sum(tensor.nbytes for tensor in state.values()) / context)
     del found
-    return {**row, **speeds(program, passes, tokenizer, arguments)}
+    return row if arguments.no_speed else {**row, **speeds(program, passes, tokenizer, arguments)}
 
 
 def rewritten(program: Program, passes: list[Any], tokenizer: Path) -> Program:
@@ -186,33 +192,56 @@ def speeds(program: Program, passes: list[Any], tokenizer: Path, arguments: argp
 
 
 def long_text(label: str, program: Program, text: list[int], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time and perplexity for each twentieth of a long text that is read token by token."""
+    """Perplexity and time for each twentieth of a long text; the time of a token at a time, of the compiled program."""
     sinks = 4 if "sinks" in label else 0
-    window = {"streaming_cache": {"sinks": sinks, "window": 1024 - sinks}}
-    preset = Recipe.load(arguments.base).to_data()["passes"]
-    recipe = {"passes": [*(one for one in preset if "merge_linear" not in str(one)), window]}
-    compiled = graphwright.compile(program, recipe, verify=False)
-    tensors = compiled.program.contract.allocate({"batch": 1})
-    held = sum(tensor.nbytes for tensor in tensors.values())
-    tensors |= {"input_ids": torch.zeros(1, 1, dtype=torch.int64), "positions": torch.zeros(1, 1, dtype=torch.int64)}
-    tensors["logit_index"] = torch.zeros(1, 1, dtype=torch.int64)
-    part = max(1, arguments.long // 20)
-    losses, seconds = [], []
-    for place in range(arguments.long):
-        tensors["input_ids"].fill_(text[place % len(text)])
-        tensors["positions"].fill_(place)
-        started = time.perf_counter()
-        logits = compiled.executable(tensors)[0][0, -1]
-        seconds.append(time.perf_counter() - started)
-        losses.append(float(functional.cross_entropy(logits.float(), torch.tensor(text[(place + 1) % len(text)]))))
+    window = {"streaming_cache": {"sinks": sinks, "window": arguments.kept - sinks}}
+    ids = torch.tensor([text[place % len(text)] for place in range(arguments.long + 1)])
+    found = rewrite(
+        program, Recipe.load({"passes": ["static_cache", window]}), CPU, CompileOptions(verify=False), consume=True
+    )
+    held = sum(tensor.nbytes for tensor in found.contract.allocate({"batch": 1}).values())
+    losses, part = losses_in_chunks(found, ids, arguments.chunk), max(1, arguments.long // 20)
     cut = range(0, arguments.long, part)
-    return {
+    row: dict[str, Any] = {
         "cache": label,
-        "backend": compiled.backend,
         "cache MB": round(held / 1e6, 2),
-        "ms/token": [round(1e3 * statistics.median(seconds[at : at + part]), 2) for at in cut],
         "perplexity": [round(math.exp(statistics.fmean(losses[at : at + part])), 2) for at in cut],
     }
+    if arguments.no_speed:
+        return row
+    preset = Recipe.load(arguments.base).to_data()["passes"]
+    recipe = {"passes": [*(one for one in preset if "merge_linear" not in str(one)), window]}
+    compiled = graphwright.compile(Program.load(arguments.plain), recipe, verify=False)
+    seconds = seconds_per_token(compiled, ids, arguments.long)
+    times = [round(1e3 * statistics.median(seconds[at : at + part]), 2) for at in cut]
+    return {**row, "backend": compiled.backend, "ms/token": times}
+
+
+def losses_in_chunks(program: Program, ids: torch.Tensor, chunk: int) -> list[float]:
+    """Of every token but the first, with a cache of a fixed size; no more logits are held than a chunk has."""
+    state = program.contract.allocate({"batch": 1})
+    losses: list[float] = []
+    for start in range(0, len(ids) - 1, chunk):
+        end = min(start + chunk, len(ids) - 1)
+        tensors = {"input_ids": ids[None, start:end], "positions": torch.arange(start, end)[None]}
+        logits = program(**tensors, **state)[0][0].float()
+        losses += functional.cross_entropy(logits, ids[start + 1 : end + 1], reduction="none").tolist()
+    return losses
+
+
+def seconds_per_token(compiled: graphwright.Compiled, ids: torch.Tensor, count: int) -> list[float]:
+    """Of a text that is read token by token."""
+    tensors = compiled.program.contract.allocate({"batch": 1})
+    tensors |= {"input_ids": torch.zeros(1, 1, dtype=torch.int64), "positions": torch.zeros(1, 1, dtype=torch.int64)}
+    tensors["logit_index"] = torch.zeros(1, 1, dtype=torch.int64)
+    seconds = []
+    for place in range(count):
+        tensors["input_ids"].fill_(int(ids[place]))
+        tensors["positions"].fill_(place)
+        started = time.perf_counter()
+        compiled.executable(tensors)
+        seconds.append(time.perf_counter() - started)
+    return seconds
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

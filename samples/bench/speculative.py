@@ -2,9 +2,11 @@
 
     python samples/bench/speculative.py smollm2-int4-dynamic --draft smollm2-int4
     python samples/bench/speculative.py smollm2-fp32 --draft-tokens 2 4 8
+    python samples/bench/speculative.py smollm2-fp32 --rounds 1 --draft draft-int2 draft-pruned draft-skip
 
 Greedy, on free text (a story) and on repetitive text (a list that is to be repeated with a change). Artifacts come from
-`graphwright compile`. Ways of decoding take turns; medians over rounds.
+`graphwright compile`. A draft may also be a recipe for the same model: PyTorch then runs it node by node, which shows
+how many guesses hold, and not a speed. Ways of decoding take turns; medians over rounds.
 """
 
 import argparse
@@ -17,7 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 import graphwright
-from graphwright.engine.generate import PROMPT_LOOKUP
+from graphwright import calibration
+from graphwright.capture import capture
+from graphwright.compiled import CompileOptions, rewrite
+from graphwright.engine.generate import PROMPT_LOOKUP, Generator
+from graphwright.recipe import Recipe
+from graphwright.sources import demo_model, open_model
+from graphwright.target import Target
 
 HOUSES = "1. The old house\n2. The new house\n3. The tall house\n4. The red house\n5. The cold house"
 PROMPTS = {
@@ -29,7 +37,7 @@ PROMPTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("--draft", type=Path, help="an artifact that guesses, beside prompt lookup")
+    parser.add_argument("--draft", nargs="*", default=[], help="artifacts or recipes that guess, beside prompt lookup")
     parser.add_argument("--draft-tokens", type=int, nargs="+", default=[3, 7])
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5)
@@ -38,8 +46,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     compiled = graphwright.load(arguments.artifact)
     drafts: dict[str, Any] = {PROMPT_LOOKUP: PROMPT_LOOKUP}
-    if arguments.draft:
-        drafts[arguments.draft.name] = graphwright.load(arguments.draft)
+    for name in arguments.draft:
+        drafts[Path(name).name] = graphwright.load(name) if Path(name).is_dir() else eager(name)
     ways: dict[str, dict[str, Any]] = {"plain": {}}
     for name, draft in drafts.items():
         ways |= {f"{name}, {n} guesses": {"draft": draft, "draft_tokens": n} for n in arguments.draft_tokens}
@@ -50,6 +58,15 @@ def main() -> None:
         for row in measured(compiled, prompt, ways, arguments):
             table.add_row(text, *row)
     Console().print(table)
+
+
+def eager(recipe: str) -> Generator:
+    """The model rewritten by a recipe, without a backend."""
+    source = open_model(demo_model())
+    samples = tuple(calibration.from_text(source.tokenizer_directory, None, 16, 256))
+    options = CompileOptions(verify=False, calibration=samples)
+    program = rewrite(capture(source.model), Recipe.load(recipe), Target.parse("cpu"), options, consume=True)
+    return Generator(lambda tensors: program(**tensors), program.contract, program.metadata)
 
 
 def measured(

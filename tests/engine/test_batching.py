@@ -36,13 +36,18 @@ def test_requests_that_come_and_go_get_the_tokens_they_get_alone(passes):
     assert batch.statistics.preempted == 0
 
 
-@pytest.mark.parametrize("preempt", ["recompute", "swap"])
-def test_a_full_cache_preempts_and_resumes_with_equal_tokens(preempt):
+@pytest.mark.parametrize(
+    ("preempt", "passes"),
+    [("recompute", PAGED), ("swap", PAGED), ("swap", PAGED_INT8)],
+    ids=["recompute", "swap", "int8"],
+)
+def test_a_full_cache_preempts_and_resumes_with_equal_tokens(preempt, passes):
     asked = prompts(*LENGTHS, seed=2)
-    batch = scheduler(rewritten("llama", *PAGED), blocks=8, max_batch=4, preempt=preempt)
+    batch = scheduler(rewritten("llama", *passes), blocks=8, max_batch=4, preempt=preempt)
     for prompt, count in zip(asked, COUNTS, strict=True):
         batch.submit(prompt, count, eos_token_ids=())
-    assert batch.run() == alone(rewritten("llama", "static_cache"), asked, COUNTS)
+    static = rewritten("llama", *(p for p in passes if not isinstance(p, dict)))
+    assert batch.run() == alone(static, asked, COUNTS)
     assert batch.statistics.preempted > 0
     assert batch.pool.free == batch.pool.total
 

@@ -157,6 +157,7 @@ def test_every_option_of_compile_reaches_the_compiler(monkeypatch, tmp_path):
         "--calibration-samples": "3",
         "--calibration-length": "17",
         "--checkpoint": str(tmp_path / "layers"),
+        "--length": "96",
     }
     flat = [part for pair in given.items() for part in pair]
     result = CliRunner().invoke(cli.app, ["compile", "MODEL", "-o", str(tmp_path / "out"), "--no-verify", *flat])
@@ -169,6 +170,7 @@ def test_every_option_of_compile_reaches_the_compiler(monkeypatch, tmp_path):
     )
     assert (seen["backend"], seen["verify"], seen["seed"]) == ("triton", False, 7)
     assert (seen["calibration_text"], seen["calibration_samples"], seen["calibration_length"]) == ("some words", 3, 17)
+    assert seen["lengths"] == (96,)
     assert (seen["dump"], seen["checkpoint"]) == (tmp_path / "dump", tmp_path / "layers")
 
 

@@ -123,6 +123,20 @@ def test_memory_follows_the_formula_and_the_error_is_reported():
     assert large - small == 1000 * per_token * (2 / 8 + 4 / GROUP)
 
 
+def test_keys_may_have_more_bits_than_values():
+    """Most of the error of 2 bits is that of keys; memory and error lie between those of 2 and of 4 bits."""
+    ids, chunks = torch.tensor(prompts(40, 40)), [*range(8, 40, 4), 40]
+    exact = logits_in_chunks(rewritten("llama", "static_cache"), ids, None, [40])
+    errors, sizes = [], []
+    for options in ({}, {"key_bits": 4}, {"bits": 4}):
+        program = rewritten("llama", *passes(**options))
+        errors.append(relative_error(logits_in_chunks(program, ids, None, chunks), exact))
+        sizes.append(sum(t.nbytes for t in program.contract.allocate({"batch": 1, "capacity": 1000}).values()))
+    assert errors[0] > errors[1] > errors[2] > 0
+    assert sizes[1] - sizes[0] == sizes[2] - sizes[1] > 0
+    assert program.history[-1].options["bits"] == 4
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
