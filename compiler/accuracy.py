@@ -126,6 +126,11 @@ def remember(logits: Logits, windows: Tensor, folder: Path) -> Logits:
     """`logits` on each of `windows`, from files in an existing folder: the model need not be kept for a comparison."""
     for index, window in enumerate(windows):
         save_file({"logits": logits(window[None]).contiguous()}, folder / f"{index}.safetensors")
+    return recall(windows, folder)
+
+
+def recall(windows: Tensor, folder: Path) -> Logits:
+    """What `remember` wrote for the same windows."""
 
     def remembered(ids: Tensor) -> Tensor:
         index = next(i for i, window in enumerate(windows) if torch.equal(window[None], ids))

@@ -1,19 +1,25 @@
 """What weights without zeros, and a model with parts cut out, bring on the CPU: bytes, speed, perplexity.
 
     python samples/bench/sparsity.py kernels --shape 2048x4096 --rows 1 4 64
-    python samples/bench/sparsity.py programs --only 'int4' --rounds 5
+    python samples/bench/sparsity.py programs --folder compiled --rounds 0
+    python samples/bench/sparsity.py programs --folder compiled --rounds 5
 
 `kernels` times one linear layer with a dense weight and with one that keeps two in four, in turns; weights are taken
-from more copies than the cache holds, and the least of the times counts. `programs` compiles SmolLM2 by each recipe,
-then lets all take turns: medians of decode after 128 tokens and of a prefill of 512, bytes of all weights, perplexity
-on held-out text. What is pruned by magnitude has no use but its speed; `accuracy.py` compares methods.
+from more copies than the cache holds, and the least of the times counts. `programs` compiles SmolLM2 by each recipe
+into artifacts, then lets all take turns, one of them in memory at a time: medians of decode after 128 tokens and of a
+prefill of 512, bytes of all weights, perplexity on held-out text. What `--folder` holds already is not compiled again,
+so that the long part need not run where it is quiet. What is pruned by magnitude has no use but its speed;
+`accuracy.py` compares methods.
 """
 
 import argparse
+import json
 import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +33,7 @@ import graphwright
 from graphwright import accuracy, packing, speed
 from graphwright.backends.tvm.machine import tvm_target
 from graphwright.backends.tvm.threads import follow_torch
-from graphwright.compiled import Compiled, CompileOptions
+from graphwright.compiled import CompileOptions
 from graphwright.engine.tokenizer import Tokenizer
 from graphwright.kernels.tir import tiles
 from graphwright.kernels.tir.float_linear import matrix as float_matrix
@@ -83,6 +89,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="regular expression that labels must match")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="programs: keeps artifacts here, and takes those that are there")
     parser.add_argument("--samples", type=int, default=16, help="calibration windows of 256 tokens")
     parser.add_argument("--windows", type=int, default=8, help="evaluation windows of 256 tokens")
     parser.add_argument(
@@ -182,31 +189,46 @@ def built(function: tirx.PrimFunc) -> Callable[..., None]:
 
 def programs(arguments: argparse.Namespace) -> Table:
     """Every recipe."""
-    console, source = Console(), open_model(demo_model())
-    tokenizer = source.tokenizer_directory
-    text = Tokenizer(tokenizer).encode(accuracy.built_in_text(held_out=True))
-    windows = accuracy.token_windows(text, 256, arguments.windows)
-    options = CompileOptions(verify=False, calibration_samples=arguments.samples, calibration_length=256)
-    compiled: dict[str, Compiled] = {}
-    for label, passes in recipes().items():
-        if re.search(arguments.only, label):
-            console.print(f"compiling {label}")
-            compiled[label] = graphwright.compile(demo_model(), {"passes": passes}, "cpu", options=options)
-    rounds = [{label: timed(one) for label, one in compiled.items()} for _ in range(arguments.rounds)]
+    labels = [label for label in recipes() if re.search(arguments.only, label)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        facts = {label: compiled(label, folder / re.sub(r"\W+", "-", label), arguments) for label in labels}
+        rounds = [{label: timed(facts[label]["artifact"]) for label in labels} for _ in range(arguments.rounds)]
     table = Table(title="SmolLM2-135M, batch 1")
     for column in ("program", "backend", "weights MB", "decode tok/s", "prefill tok/s", "perplexity"):
         table.add_column(column, justify="left" if column == "program" else "right")
-    for label, one in compiled.items():
-        decode = statistics.median(r[label].decode_tokens_per_second for r in rounds)
-        prefill = statistics.median(r[label].prefill_tokens_per_second for r in rounds)
-        size = sum(weight.nbytes for weight in one.program.weights().values()) / 1e6
-        perplexity = accuracy.measure(one.logits, windows).perplexity
-        table.add_row(label, one.backend, f"{size:.0f}", f"{decode:.1f}", f"{prefill:.0f}", f"{perplexity:.2f}")
+    for label in labels:
+        found, speeds = facts[label], [r[label] for r in rounds]
+        decode = f"{statistics.median(s.decode_tokens_per_second for s in speeds):.1f}" if rounds else ""
+        prefill = f"{statistics.median(s.prefill_tokens_per_second for s in speeds):.0f}" if rounds else ""
+        size, perplexity = f"{found['bytes'] / 1e6:.0f}", f"{found['perplexity']:.2f}"
+        table.add_row(label, found["backend"], size, decode, prefill, perplexity)
     return table
 
 
-def timed(one: Compiled) -> speed.Speed:
+def compiled(label: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Compiles a recipe into `folder`, unless it is there; returns its artifact, backend, bytes and perplexity."""
+    artifact, noted = folder / "artifact", folder / "facts.json"
+    if not noted.exists():
+        Console().print(f"compiling {label}")
+        options = CompileOptions(verify=False, calibration_samples=arguments.samples, calibration_length=256)
+        one = graphwright.compile(demo_model(), {"passes": recipes()[label]}, "cpu", options=options)
+        text = Tokenizer(open_model(demo_model()).tokenizer_directory).encode(accuracy.built_in_text(held_out=True))
+        windows = accuracy.token_windows(text, 256, arguments.windows)
+        facts = {
+            "backend": one.backend,
+            "bytes": sum(weight.nbytes for weight in one.program.weights().values()),
+            "perplexity": accuracy.measure(one.logits, windows).perplexity,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        one.save(artifact, overwrite=True)
+        noted.write_text(json.dumps(facts))
+    return {"artifact": artifact, **json.loads(noted.read_text())}
+
+
+def timed(artifact: Path) -> speed.Speed:
     """One round."""
+    one = graphwright.load(artifact)
     vocabulary = one.program.metadata.vocab_size
     return speed.measure(one.executable, one.program.contract, vocabulary, new_tokens=32, repetitions=1)
 
