@@ -68,7 +68,7 @@ def fill(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, *, keep_c
         keep_codes: put packed modules where layers are stored in codes; otherwise they are dequantized.
 
     Raises:
-        SourceError: a parameter is missing or does not fit, or the checkpoint holds codes of no layer.
+        SourceError: a parameter is missing or does not fit, or the checkpoint holds codes of no layer or of experts.
     """
     filling = _Filling(model, checkpoint, dtype, keep_codes)
     for names in _parameters(model):
@@ -118,13 +118,21 @@ class _Filling:
     def refuse_gaps(self) -> None:
         """Refuses a checkpoint that lacks parameters, or holds codes that no layer wanted."""
         where = self.checkpoint.where
+        stacks = [name for name in self.missing if self._dimensions(name) > 2]
+        if stacks:
+            raise SourceError(
+                f"{stacks[0]} holds the weights of experts one behind the other, and experts that a checkpoint stores "
+                "in codes are not read",
+                where=where,
+                fix="Give the model in floating point and quantize it here: graphwright's gptq, awq and rtn round "
+                "every expert",
+            )
         if self.missing:
             raise SourceError(
                 f"The checkpoint lacks {len(self.missing)} weights of {type(self.model).__name__}, the first is "
                 f"{self.missing[0]}",
                 where=where,
-                fix="Download it again; or its config.json belongs to another model, or the weights are those of "
-                "experts, which are not read in codes",
+                fix="Download it again; or its config.json belongs to another model",
             )
         unread = self.checkpoint.unread()
         if unread:
@@ -135,6 +143,12 @@ class _Filling:
                 fix="Its config.json belongs to another model, or the installed transformers builds these layers in "
                 "another way",
             )
+
+    def _dimensions(self, name: str) -> int:
+        """Of the parameter of this name; 0 for the bias of a layer that was replaced, which has none."""
+        module, part = self._owner(name)
+        held = getattr(module, part)
+        return 0 if held is None else int(held.dim())
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         path, _, part = name.rpartition(".")

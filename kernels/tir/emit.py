@@ -52,6 +52,11 @@ class Flat:
         """Stores a vector of `lanes` elements, or one element."""
         T.buffer_store(self.buffer, value, [tirx.Ramp(offset, 1, lanes) if lanes > 1 else offset])
 
+    def prefetch(self, offset: Index) -> None:
+        """Asks for the cache line of an element, into the second cache; no harm where there is no such element."""
+        address = tirx.address_of(self.buffer[offset])
+        T.evaluate(tirx.call_llvm_intrin("", "llvm.prefetch", address, *(tirx.const(v, "int32") for v in (0, 2, 1))))
+
     def view(self, dtype: str, elements: Index) -> "Flat":
         """The same memory as `elements` elements of another dtype."""
         return Flat(T.decl_buffer((elements,), dtype, data=self.buffer.data), dtype)

@@ -6,12 +6,12 @@
     outer[order[p]] = inner[p] · down[expert]
     y[m] = sum over j of weights[m, j] * outer[m * top_k + j]
 
-Weights of an expert that nobody chose are not read. Threads share the columns of the weights, each for all active
-experts, so that an expert with many tokens keeps no thread waiting.
+Weights of an expert that nobody chose are not read. Threads share parts of the columns of the weights, each for all
+active experts, so that an expert with many tokens keeps no thread waiting.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -25,6 +25,7 @@ from graphwright.kernels.tir.emit import (
     let,
     local,
     loop,
+    minimum,
     parallel,
     product,
     spread,
@@ -39,6 +40,9 @@ FEW_ROWS = 2
 
 MOST_UNROLLED = 16
 """Choices of a token whose sum is written out."""
+
+SHARES = 8
+"""Parts of the columns, at least, that threads share; each part goes through all experts."""
 
 TAKEN, EXCLUDED = -3.4e38, -3.3e38
 """What stands in the place of a score that was chosen, or that may not be; both are below every score."""
@@ -298,6 +302,11 @@ def sort_choices(tokens: Index, top_k: int, choices: Index, num_experts: int) ->
     return k.function
 
 
+def columns_together(columns: int) -> int:
+    """Columns of one expert that follow each other, so that its rows are still in the cache for the next one."""
+    return max(d for d in range(1, max(1, columns // SHARES) + 1) if columns % d == 0)
+
+
 def expert_linear(
     layer: Linear, num_experts: int, rows: Sequence[Index], choices: Index, top_k: int, lanes: int
 ) -> tirx.PrimFunc:
@@ -314,12 +323,22 @@ def expert_linear(
         active = k.read("active", (num_experts + 1,), "int32")
         epilogue = Epilogue(k, layer, (choices,), num_experts)
         k.begin()
-        b = Operands(layer, x, weight)
         count = let(tirx.Cast("int64", active[0]))
-        with parallel(let(count * layer.columns)) as task:
-            expert = let(tirx.Cast("int64", active[1 + task % count]))
-            chosen = layer.tiles_of(let(task // count))
-            stored = [let(expert * layer.tiles + tile) for tile in chosen]
+        tasks, together = let(count * layer.columns), columns_together(layer.columns)
+
+        def stored_tiles(task: Any) -> tuple[Any, list[Any], list[Any]]:
+            """The expert of a task, the columns' tiles and where these are stored."""
+            place = let(task % (count * together))
+            expert = let(tirx.Cast("int64", active[1 + place // together]))
+            chosen = layer.tiles_of(let(task // (count * together) * together + place % together))
+            return expert, chosen, [let(expert * layer.tiles + tile) for tile in chosen]
+
+        with parallel(tasks) as task:
+            expert, chosen, stored = stored_tiles(task)
+            _, _, next_ = stored_tiles(let(minimum(task + 1, tasks - 1)))
+            b = Operands(layer, x, weight)
+            # A task with many rows computes for long, and the next one's weights come meanwhile.
+            many = replace(b, ahead=let((next_[0] - stored[0]) * weight.elements))
             first = let(tirx.Cast("int64", starts[expert]))
             taken = let(tirx.Cast("int64", starts[expert + 1]) - first)
 
@@ -331,7 +350,7 @@ def expert_linear(
                 epilogue.finish(row, chosen, sums, lanes, expert=expert)
 
             def block(panels: list[tuple[Flat, Any]], places: list[Any]) -> None:
-                for place, line in zip(places, products(b, [source(p) for p in places], panels, lanes), strict=True):
+                for place, line in zip(places, products(many, [source(p) for p in places], panels, lanes), strict=True):
                     finish(place, line)
 
             with T.If(taken <= FEW_ROWS):
@@ -340,9 +359,8 @@ def expert_linear(
                     start = source(place)
                     finish(place, [one_row(b, start, tile, lanes) for tile in stored])
                 with T.Else():
-                    panels = [panel(b, tile, lanes) for tile in stored]
-                    many = rows_at_once(lanes, len(chosen))
-                    each_block(first, taken, many, lambda places: block(panels, places))
+                    panels = [panel(many, tile, lanes) for tile in stored]
+                    each_block(first, taken, rows_at_once(lanes, len(chosen)), lambda places: block(panels, places))
     return k.function
 
 

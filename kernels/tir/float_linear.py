@@ -103,12 +103,16 @@ def rows_at_once(lanes: int, tiles: int) -> int:
 
 @dataclass(frozen=True)
 class Operands:
-    """What is multiplied: rows of x, each a run of floats, and a weight in tiles."""
+    """What is multiplied: rows of x, each a run of floats, and a weight in tiles.
+
+    While a weight is read, the one that is `ahead` elements behind it in memory is asked for, if that is given.
+    """
 
     layer: Linear
     x: Flat
     weight: Weight
     pick: Pick | None = None
+    ahead: Any = None
 
 
 def _each_group(layer: Linear, body: Callable[[Any, int], None]) -> None:
@@ -180,10 +184,13 @@ def _decoded(b: Operands, at: Any, first: Any, count: int, lane: int, lanes: int
     values: list[Any] = []
     for vector_ in range(ceil_div(count, step)):
         number = at * layer.vectors + first // step + vector_
+        place = let((number * ROWS + lane) * (4 if layer.scale_dtype else 1))
+        if b.ahead is not None and not lane:
+            b.weight.stored.prefetch(place + b.ahead)
         if not layer.scale_dtype:
-            values.append(b.weight.stored.vec(number * ROWS + lane, lanes))
+            values.append(b.weight.stored.vec(place, lanes))
             continue
-        stored = let(b.weight.stored.vec((number * ROWS + lane) * 4, 4 * lanes))
+        stored = let(b.weight.stored.vec(place, 4 * lanes))
         words = let(tirx.reinterpret(kind("int32", lanes), stored))
         bits = 32 // step
         for i in range(step):
@@ -243,6 +250,9 @@ def products(b: Operands, starts: list[Any], panels: list[tuple[Flat, Any]], lan
         for total in line:
             clear(total, ROWS, "float32", lanes)
     with loop(b.layer.inputs) as at:
+        if b.ahead is not None and not b.layer.scale_dtype:
+            for weight, place in panels:
+                weight.prefetch(place + at * ROWS + b.ahead)
         for lane in range(0, ROWS, lanes):
             weights = [let(weight.vec(place + at * ROWS + lane, lanes)) for weight, place in panels]
             for start, line in zip(starts, sums, strict=True):

@@ -135,7 +135,8 @@ class Weight:
     def __init__(self, k: Kernel, layer: Linear, experts: int = 1) -> None:
         coded = bool(layer.scale_dtype)
         per_vector = 4 * ROWS if coded else ROWS
-        elements = layer.groups * layer.vectors * per_vector
+        self.elements = elements = layer.groups * layer.vectors * per_vector
+        """Of one tile."""
         self.stored = k.read("weight", (experts * layer.tiles, elements), "uint8" if coded else layer.format)
         self.places = k.read("places", (layer.tiles, layer.chunks * ROWS), "int32") if layer.halved else None
         groups = (experts * layer.tiles, layer.groups, ROWS)

@@ -2,11 +2,15 @@
 
     python samples/bench/moe.py
     python samples/bench/moe.py --experts 8 64 128 --top-k 2 8 --tokens 1 8 64 512 --recipes float int4
+    python samples/bench/moe.py --busy
 
 The layer is Qwen3's block with random weights. `dense` is a gated MLP as wide as the chosen experts together, which is
-what a token's work comes to. All take turns; figures are medians in milliseconds, and what the best path of
-transformers takes over what ours takes. How a decode step depends on the number of experts at constant active ones is
-said at the end. For experts that stay in a file see moe_offload.py.
+what a token's work comes to. All take turns; figures are medians in milliseconds, and how often what the best path of
+transformers takes contains what ours takes. `batched_mm` copies the weights of every choice, and is left out (`-`)
+where they take more than a quarter of a gigabyte. Rows of one token are said again with cold caches, as a step finds
+them after all other layers of a model: other memory is read between calls, so that few experts are not faster than
+many only because they stay in the cache. `--busy` counts the processor time of one thread, which other processes on
+the machine lengthen less than they do the time on the wall. For experts that stay in a file see moe_offload.py.
 """
 
 import argparse
@@ -14,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 
+import numpy
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +37,11 @@ RECIPES = {
 PATHS = ("grouped_mm", "batched_mm")
 ROUND_SECONDS = 0.3
 """Time that one peer is called for before the next has its turn."""
+MOST_GATHERED = 1 << 28
+"""Bytes of copied weights."""
+OTHER_BYTES = 768 << 20
+"""What is read between calls with cold caches."""
+COLD_CALLS = 9
 
 Forward = Callable[[Tensor], object]
 
@@ -58,49 +68,53 @@ def main() -> None:
     parser.add_argument("--inner", type=int, default=384)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--busy", action="store_true", help="processor time of one thread, on a machine that others use"
+    )
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    console = Console()
+    torch.set_num_threads(1 if arguments.busy else arguments.threads)
+    console = Console(width=110)
     table = Table(title=f"Width {arguments.hidden}, experts of {arguments.inner}; milliseconds per forward")
-    for column in ("experts", "top", "tokens", *PATHS, "dense", *arguments.recipes, "x best path"):
+    cold = Table(title="One token with cold caches; milliseconds per forward")
+    peers = (*PATHS, "dense", *arguments.recipes, *(f"x {name}" for name in arguments.recipes))
+    for column in ("experts", "top", "tokens", *peers):
         table.add_column(column, justify="right")
-    rows: list[list[str]] = []
-    for count in arguments.experts:
-        for top_k in arguments.top_k:
-            if top_k <= count:
-                rows += measured(count, top_k, arguments)
-                console.print(f"{count} experts, top {top_k} done")
-    for row in rows:
-        table.add_row(*row[:-2], row[-1])
-    console.print(table)
+        cold.add_column(column, justify="right")
     for top_k in arguments.top_k:
-        ones = {int(row[0]): float(row[-2]) for row in rows if row[1:3] == [str(top_k), "1"]}
-        if len(ones) > 1:
-            spread = max(ones.values()) / min(ones.values()) - 1
-            times = ", ".join(f"{count}: {time:.3f}" for count, time in ones.items())
-            console.print(
-                f"top {top_k}, 1 token, {arguments.recipes[0]}, ms by experts: {times}; spread {100 * spread:.0f} %"
-            )
+        for count in arguments.experts:
+            if top_k <= count:
+                measured(count, top_k, arguments, table, cold)
+    console.print(table)
+    console.print(cold)
 
 
-def measured(count: int, top_k: int, arguments: argparse.Namespace) -> list[list[str]]:
-    """One row for every number of tokens."""
+def measured(count: int, top_k: int, arguments: argparse.Namespace, table: Table, cold: Table) -> None:
+    """Adds one row for every number of tokens, and one for a token with cold caches."""
     block = make_block(count, top_k, arguments)
-    dense = Dense(arguments.hidden, arguments.inner * top_k)
-    ours = {name: compiled(block, name) for name in arguments.recipes}
-    rows = []
+    fixed: dict[str, Forward] = {"dense": Dense(arguments.hidden, arguments.inner * top_k)}
+    fixed |= {name: compiled(block, name) for name in arguments.recipes}
     for tokens in arguments.tokens:
         # Other tokens at each call, so that the same experts are not in the cache every time.
         inputs = [torch.randn(1, tokens, arguments.hidden) for _ in range(16)]
-        peers: dict[str, Forward] = {path: through(block, path) for path in PATHS}
-        peers |= {"dense": dense, **ours}
-        times = interleaved(peers, inputs, arguments.rounds)
-        best = min(times[path] for path in PATHS)
-        speed = best / times[arguments.recipes[0]]
-        shown = [f"{1e3 * times[peer]:.2f}" for peer in peers]
-        exact = str(1e3 * times[arguments.recipes[0]])
-        rows.append([str(count), str(top_k), str(tokens), *shown, exact, f"{speed:.2f}"])
-    return rows
+        gathered = 4 * tokens * top_k * 3 * arguments.hidden * arguments.inner
+        paths = [path for path in PATHS if path != "batched_mm" or gathered <= MOST_GATHERED]
+        peers = {**{path: through(block, path) for path in paths}, **fixed}
+        row = [str(count), str(top_k), str(tokens)]
+        row += shown(interleaved(peers, inputs, arguments), arguments)
+        table.add_row(*row)
+        print(*row, flush=True)
+        if tokens == 1:
+            row = [*row[:3], *shown(after_others(peers, inputs, arguments), arguments)]
+            cold.add_row(*row)
+            print(*row, "cold", flush=True)
+
+
+def shown(times: dict[str, float], arguments: argparse.Namespace) -> list[str]:
+    """Milliseconds of every peer, and the best path of transformers over each recipe."""
+    best = min(times[path] for path in PATHS if path in times)
+    names = (*PATHS, "dense", *arguments.recipes)
+    figures = [f"{1e3 * times[name]:.2f}" if name in times else "-" for name in names]
+    return figures + [f"{best / times[name]:.2f}" for name in arguments.recipes]
 
 
 def make_block(count: int, top_k: int, arguments: argparse.Namespace, seed: int = 0) -> nn.Module:
@@ -141,20 +155,41 @@ def compiled(block: nn.Module, recipe: str) -> Forward:
     return lambda x: made.executable({"hidden_states": x})
 
 
-def interleaved(peers: dict[str, Forward], inputs: list[Tensor], rounds: int) -> dict[str, float]:
+def clock(arguments: argparse.Namespace) -> Callable[[], float]:
+    """What counts seconds."""
+    return time.thread_time if arguments.busy else time.perf_counter
+
+
+def interleaved(peers: dict[str, Forward], inputs: list[Tensor], arguments: argparse.Namespace) -> dict[str, float]:
     """Median seconds of one call of every peer."""
     samples: dict[str, list[float]] = {name: [] for name in peers}
+    now = clock(arguments)
     with torch.no_grad():
         for forward in peers.values():
             forward(inputs[0])
-        for _ in range(rounds):
+        for _ in range(arguments.rounds):
             for name, forward in peers.items():
-                end, calls = time.perf_counter() + ROUND_SECONDS, 0
-                while time.perf_counter() < end or calls < 3:
-                    started = time.perf_counter()
+                end, calls = now() + ROUND_SECONDS, 0
+                while now() < end or calls < 3:
+                    started = now()
                     forward(inputs[calls % len(inputs)])
-                    samples[name].append(time.perf_counter() - started)
+                    samples[name].append(now() - started)
                     calls += 1
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def after_others(peers: dict[str, Forward], inputs: list[Tensor], arguments: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of one call of every peer, each after other memory was read."""
+    other = numpy.ones(OTHER_BYTES // 8)  # not torch's, whose threads would still be awake
+    samples: dict[str, list[float]] = {name: [] for name in peers}
+    now = clock(arguments)
+    with torch.no_grad():
+        for call in range(COLD_CALLS):
+            for name, forward in peers.items():
+                other.sum()
+                started = now()
+                forward(inputs[call % len(inputs)])
+                samples[name].append(now() - started)
     return {name: statistics.median(values) for name, values in samples.items()}
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from families.configs import build
 from interchange.making import Made, layers, logits, make, packed_rows, with_dense, write
+from safetensors.torch import load_file, save_file
 
 from graphwright.errors import SourceError
 from graphwright.interchange.packed import PackedLinear
@@ -151,3 +152,15 @@ def test_a_truncated_file_and_missing_parts(tmp_path):
     (tmp_path / "model.safetensors.index.json").unlink()
     file.unlink()
     refused(tmp_path, "holds no safetensors file")
+
+
+def test_codes_of_experts_are_refused(tmp_path):
+    model = build("qwen3_moe", num_hidden_layers=1)
+    made = {f"model.layers.0.mlp.experts.{e}.up_proj": make((32, 64), 4, 32, e) for e in range(2)}
+    write(tmp_path, model, {name: tensors(layer, second=False) for name, layer in made.items()}, CONFIG)
+    file = tmp_path / "model.safetensors"
+    held = {name: tensor for name, tensor in load_file(file).items() if "gate_up_proj" not in name}
+    save_file(held, file, metadata={"format": "pt"})
+    for keep_codes in (True, False):
+        with pytest.raises(SourceError, match=r"mlp.experts.gate_up_proj holds the weights of experts .* are not read"):
+            open_model(tmp_path, keep_codes=keep_codes)

@@ -6,9 +6,11 @@ from kernels.tir.running import nowhere, run, size
 
 from graphwright.backends.tvm.expert_layout import tiled_stack
 from graphwright.kernels.tir.experts import (
+    SHARES,
     Limit,
     Routing,
     choose_tokens,
+    columns_together,
     combine,
     expert_linear,
     limit_choices,
@@ -100,9 +102,17 @@ def test_choices_are_sorted_and_idle_experts_left_out():
     assert active[:4].tolist() == [3, 0, 2, 4]
 
 
+@pytest.mark.parametrize("columns", [1, 7, 8, 16, 24, 23, 96])
+def test_columns_that_follow_each_other_leave_a_share_for_every_thread(columns):
+    together = columns_together(columns)
+    assert columns % together == 0
+    assert columns // together >= min(columns, SHARES)
+    assert columns not in (16, 24, 96) or together == columns // SHARES
+
+
 CASES = [
     # experts, width, inner, outputs, activation, gated, biases, format, group
-    (6, 24, 32, 24, "silu", True, False, "float32", 0),
+    (6, 24, 256, 24, "silu", True, False, "float32", 0),
     (3, 20, 18, 37, "gelu_tanh", True, True, "float32", 0),
     (4, 40, 24, 40, "relu", False, True, "float32", 0),
     (5, 32, 48, 33, CLAMPED_SWIGLU, True, True, "float32", 0),

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from families.configs import VOCAB_SIZE, build
+from families.cache import captured
+from families.configs import VOCAB_SIZE
 
 import graphwright
 
@@ -11,8 +12,8 @@ PASSES = ["merge_linear", "static_cache", "select_logits", "experts"]
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"])
 def test_a_loaded_artifact_says_what_transformers_says(name, tmp_path):
-    model = build(name)
-    graphwright.compile(model, {"passes": PASSES}, verify=False).save(tmp_path / "out")
+    model, program = captured(name)
+    graphwright.compile(program, {"passes": PASSES}, verify=False).save(tmp_path / "out")
     loaded = graphwright.load(tmp_path / "out")
     assert loaded.backend == "tvm"
     generator = torch.Generator().manual_seed(4)
@@ -26,7 +27,7 @@ def test_a_loaded_artifact_says_what_transformers_says(name, tmp_path):
 
 def test_a_quantized_artifact_says_what_its_program_says(tmp_path):
     quantized = {"rtn": {"bits": 4, "group_size": 16, "head_bits": 8}}
-    compiled = graphwright.compile(build("qwen3_moe"), {"passes": [*PASSES, quantized]}, verify=False)
+    compiled = graphwright.compile(captured("qwen3_moe")[1], {"passes": [*PASSES, quantized]}, verify=False)
     compiled.save(tmp_path / "out")
     loaded = graphwright.load(tmp_path / "out")
     assert loaded.backend == "tvm"

@@ -10,10 +10,11 @@ from graphwright.numerics import relative_error
 CASES = {
     "pruned and merged": ((2, "softmax", True), [{"prune_experts": {"ratio": 0.2}}, {"merge_experts": {"ratio": 0.3}}]),
     "groups pruned": ((2, "sigmoid", False, 1.5, 3, 2), [{"prune_experts": {"ratio": 0.3}}]),
-    "skipped": ((3, "softmax", True), [{"fewer_active_experts": {"skip_ratio": 0.6}}]),
-    "capacity": ((2, "softmax", False), [{"capacity": {"factor": 0.8}}]),
+    "skipped, capacity": (
+        (3, "softmax", True),
+        [{"fewer_active_experts": {"skip_ratio": 0.6}}, {"capacity": {"factor": 0.8}}],
+    ),
     "expert choice": ((2, "softmax", False, 1.5), [{"expert_choice": {"factor": 1.5}}]),
-    "shared": ((2, "softmax", True), ["fuse_shared_experts"]),
     "shared, int4": ((2, "softmax", True), ["fuse_shared_experts", {"rtn": {"bits": 4, "group_size": 8}}]),
 }
 

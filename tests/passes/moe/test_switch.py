@@ -22,7 +22,7 @@ WIDTH, INNER, COUNT = 16, 24, 4
 
 def config(capacity: int) -> SwitchTransformersConfig:
     return SwitchTransformersConfig(
-        vocab_size=64, d_model=WIDTH, d_ff=INNER, d_kv=8, num_heads=2, num_layers=2, num_decoder_layers=2,
+        vocab_size=64, d_model=WIDTH, d_ff=INNER, d_kv=8, num_heads=2, num_layers=1, num_decoder_layers=1,
         num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_experts=COUNT, expert_capacity=capacity,
         decoder_start_token_id=0, use_cache=False,
     )  # fmt: skip
