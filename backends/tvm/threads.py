@@ -9,6 +9,10 @@ import tvm_ffi
 SHARE_ALL_CORES = -3
 """TVM's mode in which the system schedules threads; its default ties the calling thread to the first core."""
 
+# A worker without work gives way so many times before it sleeps, 300000 by default, and does so even when the process
+# ends: on a machine that has other things to do, that is a time slice each, and minutes until the process is gone.
+os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "2000")
+
 _configured = threading.local()
 
 

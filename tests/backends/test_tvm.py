@@ -167,3 +167,12 @@ def test_layouts_follow_views(chain):
     tensor, layout, memory = chain
     found = torch.as_strided(memory, tensor.shape, layout.strides, layout.offset)
     assert torch.equal(found, tensor)
+
+
+def test_workers_soon_sleep_unless_the_user_says_otherwise():
+    script = "import os; import graphwright.backends.tvm; print(os.environ['TVM_THREAD_POOL_SPIN_COUNT'])"
+    environment = {key: value for key, value in os.environ.items() if key != "TVM_THREAD_POOL_SPIN_COUNT"}
+    for chosen, expected in (({}, "2000"), ({"TVM_THREAD_POOL_SPIN_COUNT": "7"}, "7")):
+        command = [sys.executable, "-P", "-c", script]
+        shown = subprocess.run(command, env=environment | chosen, capture_output=True, text=True, check=True)
+        assert shown.stdout.strip() == expected
