@@ -6,12 +6,11 @@ compiled.save("smollm2-int4")
 compiled = load("smollm2-int4")
 """
 
-import functools
 import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,29 +18,26 @@ from typing import Any
 
 from torch import Tensor
 
-from graphwright import accuracy, artifact, registry
+from graphwright import artifact, registry
 from graphwright.backend import Executable, Progress, backends_for, choose, coverage, required_backend, tuned
 from graphwright.calibration import LENGTH, SAMPLES, from_text
 from graphwright.capture import DimNames, capture
 from graphwright.engine.generate import GenerationResult, Generator
 from graphwright.engine.tokenizer import Tokenizer
-from graphwright.errors import ArtifactError, GraphwrightError
-from graphwright.feeding import last_logits, logits_of, token_inputs
+from graphwright.errors import ArtifactError
+from graphwright.feeding import token_inputs
+from graphwright.held_out import HeldOutText
 from graphwright.manager import Observer, PassManager, plan_passes
 from graphwright.pass_ import Context
 from graphwright.program import Program, load_weights
 from graphwright.recipe import Recipe
 from graphwright.report.collect import Report, collect
-from graphwright.report.data import LengthRow
 from graphwright.report.html import render
 from graphwright.rewrite import Fuel
 from graphwright.sources import open_model
 from graphwright.target import Target, local_gpu
 
-KERNELS, TOKENIZER, ORIGINAL = "kernels", "tokenizer", "original"
-
-EVALUATED = 128
-"""Tokens of a window on which accuracy is measured for the report."""
+KERNELS, TOKENIZER = "kernels", "tokenizer"
 
 
 def _silent(_text: str, _fraction: float) -> None:
@@ -169,8 +165,8 @@ def compile(
             # The caller may hold the model; the compiler must not, or its weights would outlive their rewriting.
             del source
     options = with_calibration_text(options, wanted, captured, folder / TOKENIZER)
-    comparison = _comparison(options, captured, folder) if machine.here else None
-    original_lengths = _original_lengths(options, captured, folder, machine)
+    texts = HeldOutText(folder / TOKENIZER, options.evaluate, options.lengths, options.progress)
+    texts.measure_original(captured, here=machine.here)
     with _timed(seconds, "rewrite"):
         before = captured.shape_only()
         # A program that the caller gave stays as it is; one captured here is used up, to free weights early.
@@ -178,7 +174,7 @@ def compile(
         del model
         rewritten = rewrite(captured, wanted, machine, options, consume=mine)
         del captured
-    _require_context(options, rewritten)
+    texts.require_context(rewritten)
     with _timed(seconds, "lower"):
         lowering, passed_over = choose(rewritten, machine, backends_for(machine, options.backend))
         lowering = tuned(lowering, options.tune)
@@ -200,80 +196,8 @@ def compile(
     )
     also = tuple(other.name for other in others)
     compiled = Compiled(rewritten, executable, machine, lowering.name, wanted, folder, report, also, workspace)
-    if comparison is not None:
-        windows, original = comparison
-        measured = accuracy.measure(
-            compiled.logits, windows, reference=original, text=accuracy.HELD_OUT_TEXT, progress=options.progress
-        )
-        report.accuracy = measured.to_json()
-        shutil.rmtree(folder / ORIGINAL)
-    if options.lengths:
-        report.lengths = _lengths(compiled, options, original_lengths)
+    texts.measure(compiled, report)
     return compiled
-
-
-def _comparison(options: CompileOptions, program: Program, folder: Path) -> tuple[Tensor, accuracy.Logits] | None:
-    """Windows of held-out text and the captured program's logits on them; None where there is nothing to compare."""
-    tokenizer = folder / TOKENIZER
-    if not options.evaluate or not tokenizer.is_dir() or not program.metadata.causal:
-        return None
-    tokens = Tokenizer(tokenizer).encode(accuracy.built_in_text(held_out=True))
-    length = min(EVALUATED, program.metadata.context_length or EVALUATED)
-    windows = accuracy.token_windows(tokens, length, options.evaluate)
-    kept = folder / ORIGINAL
-    kept.mkdir()
-    options.progress("evaluate the original", 0.0)
-    return windows, accuracy.remember(lambda ids: logits_of(program, ids), windows, kept)
-
-
-def _original_lengths(options: CompileOptions, program: Program, folder: Path, machine: Target) -> dict[int, float]:
-    """The captured program's perplexity at those of the lengths that it takes.
-
-    Raises:
-        GraphwrightError: lengths were asked for that cannot be measured; it is found before the long work.
-    """
-    if not options.lengths:
-        return {}
-    if not (machine.here and (folder / TOKENIZER).is_dir() and program.metadata.causal):
-        raise GraphwrightError(
-            "Perplexity over length is measured on text, by running the compiled language model here",
-            fix="Compile a causal model with a tokenizer for this machine, or ask for no lengths",
-        )
-    return _over_lengths(options, program, program, folder, program.metadata.context_length)
-
-
-def _require_context(options: CompileOptions, program: Program) -> None:
-    """Refuses lengths that the rewritten program does not take.
-
-    Raises:
-        GraphwrightError: there is one.
-    """
-    longest, context = max(options.lengths, default=0), program.metadata.context_length
-    if longest > context:
-        raise GraphwrightError(
-            f"Perplexity was asked for at {longest} tokens, and the rewritten program takes {context}",
-            fix="Ask for shorter texts, or lengthen the context with a pass such as yarn",
-        )
-
-
-def _lengths(compiled: "Compiled", options: CompileOptions, original: Mapping[int, float]) -> list[LengthRow]:
-    """Rows of the report, for the compiled program beside the original."""
-    found = _over_lengths(options, compiled, compiled.program, compiled.folder, max(options.lengths))
-    return [
-        {"length": length, "perplexity": value, "reference_perplexity": original.get(length)}
-        for length, value in sorted(found.items())
-    ]
-
-
-def _over_lengths(
-    options: CompileOptions, call: Callable[..., Any], program: Program, folder: Path, longest: int
-) -> dict[int, float]:
-    """Perplexity of `program` as `call` runs it, at the lengths up to `longest`."""
-    tokens = Tokenizer(folder / TOKENIZER).encode(accuracy.built_in_text(held_out=True))
-    ends = accuracy.text_ends(tokens, options.lengths)
-    taken = [length for length in options.lengths if length <= longest]
-    logits = functools.partial(last_logits, call, program)
-    return accuracy.over_lengths(logits, tokens, ends, taken, options.progress) if taken else {}
 
 
 def copy_tokenizer(tokenizer: Path | str | None, folder: Path) -> None:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -84,9 +85,11 @@ def compare(artifacts: dict[str, Path]) -> None:
         scores = {name: accuracy.measure(c.logits, windows, reference=original) for name, c in compiled.items()}
     baseline = scores["fp32"].reference_perplexity or 0.0
 
-    table = Table(title="SmolLM2-135M-Instruct, batch 1, decode after 128 tokens, prefill of 512; medians")
-    for column in ("", "decode tok/s", "x eager", "prefill tok/s", "weights MB", "perplexity", "KL nats"):
-        table.add_column(column, justify="left" if not column else "right")
+    title = "SmolLM2-135M-Instruct, batch 1, decode after 128 tokens, prefill of 512; medians"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("", no_wrap=True)
+    for column in ("decode tok/s", "x eager", "prefill tok/s", "weights MB", "perplexity", "KL nats"):
+        table.add_column(column, justify="right")
     eager = speeds[peers[0].name].decode
     for peer in peers:
         speed = speeds[peer.name]

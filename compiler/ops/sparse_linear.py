@@ -45,7 +45,7 @@ def sparse_linear(
     """
     if layout == sparsity.TENSOR_CORES:
         if x.is_cuda:
-            return _on_tensor_cores(x, values, places, bias)
+            return on_tensor_cores(x, values, places, bias)
         weight = sparsity.expand_from_tensor_cores(values, places)
     elif layout == "2:4":
         weight = _halves(values, places, scale, zero_point, format, group_size)
@@ -54,7 +54,7 @@ def sparse_linear(
     return functional.linear(x, weight.to(x.dtype), bias)
 
 
-def _on_tensor_cores(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None) -> Tensor:
+def on_tensor_cores(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None) -> Tensor:
     """The product by torch's CUTLASS kernel, which takes a multiple of eight columns."""
     flat = x.flatten(0, -2).to(values.dtype)
     columns = functional.pad(flat, (0, 0, 0, -len(flat) % 8)).t()

@@ -99,7 +99,7 @@ class CompressSparse(Pass):
         """
         if self.tensor_cores and context.target.kind != "cuda":
             raise PassError(
-                f"Sparse tensor cores are NVIDIA's, and the target is {context.target.name}",
+                f"The layout of sparse tensor cores is for CUDA targets, and this one is {context.target.name}",
                 where=self.name,
                 fix="Leave out tensor_cores, or compile for a target such as cuda:sm_80",
             )

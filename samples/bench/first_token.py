@@ -56,7 +56,7 @@ def measured(artifact: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """Medians over fresh processes."""
     command = [sys.executable, "-c", CHILD, artifact, arguments.threads, arguments.prompt_tokens]
     runs = [
-        json.loads(subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout)
+        json.loads(subprocess.run([*map(str, command)], check=True, stdout=subprocess.PIPE, text=True).stdout)
         for _ in range(arguments.repetitions)
     ]
     row = {name: statistics.median(run[name] for run in runs) for name in runs[0]}

@@ -9,7 +9,9 @@ from passes.quantize.quantizing import batches, run
 from graphwright.errors import PassError
 from graphwright.feeding import logits_of
 from graphwright.manager import PassManager, plan_passes
+from graphwright.numerics import relative_error
 from graphwright.ops import quantized_linear, sparse_linear
+from graphwright.ops.sparse_linear import on_tensor_cores
 from graphwright.pass_ import Context
 from graphwright.program import Program
 from graphwright.recipe import Recipe
@@ -147,5 +149,26 @@ def test_layers_get_the_layout_of_tensor_cores_where_they_fit(tmp_path):
     assert torch.equal(logits_of(after, ids), logits_of(pruned, ids))
     after.save(tmp_path)
     assert Program.load(tmp_path).text(shapes=False) == after.text(shapes=False)
-    with pytest.raises(PassError, match="Sparse tensor cores are NVIDIA's, and the target is cpu"):
+    with pytest.raises(PassError, match="sparse tensor cores is for CUDA targets, and this one is cpu"):
         run([*passes, wanted])
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (2, 5), (8,)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_tensor_cores_get_whole_groups_of_columns(rows, biased, monkeypatch):
+    """What is handed to the kernel, which needs a GPU: here a plain product that keeps its rules stands in for it."""
+
+    def product(values, metadata, columns):
+        assert columns.shape[1] % 8 == 0
+        assert columns.t().is_contiguous()
+        assert columns.dtype == values.dtype
+        return expand_from_tensor_cores(values, metadata) @ columns
+
+    monkeypatch.setattr(torch, "_sparse_semi_structured_mm", product)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 128, generator=generator).to(torch.bfloat16)
+    weight *= Pattern(2, 4).keep(weight.abs().float(), 0.5)
+    x, bias = torch.randn(*rows, 128, generator=generator), torch.randn(64, generator=generator) if biased else None
+    actual = on_tensor_cores(x, *compress_for_tensor_cores(weight), bias)
+    assert (actual.shape, actual.dtype) == ((*rows, 64), x.dtype)
+    assert relative_error(actual, torch.nn.functional.linear(x, weight.float(), bias)) < 1e-2
