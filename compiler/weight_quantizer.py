@@ -81,6 +81,7 @@ class WeightQuantizer(Pass):
         "folded",
         "experts",
         "fewer_experts",
+        "narrower_experts",
         "fewer_active_experts",
         "expert_capacity",
         "expert_choice",

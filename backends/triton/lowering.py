@@ -11,7 +11,7 @@ from graphwright import ops as semantic
 from graphwright.backend import Support
 from graphwright.backends.triton import ops
 from graphwright.backends.triton.experts import experts_as_products
-from graphwright.kernels.triton import flash_attention, integer_gemm, norm, quantized_gemm
+from graphwright.kernels.triton import flash_attention, integer_gemm, norm, quantized_gemm, sparse_gemm
 from graphwright.op import op_of
 from graphwright.ops.gated_activation import ACTIVATIONS
 from graphwright.program import Program
@@ -88,7 +88,7 @@ def _refusal(node: fx.Node) -> str:
         ),
         semantic.attention.target: lambda: _head_refusal(value.shape[3], _value(args[2]).shape[3]),
         semantic.quantized_linear.target: lambda: _weight_refusal(args[5], args[6]),
-        semantic.sparse_linear.target: lambda: _sparse_refusal(args[6], args[7], value, _value(args[1])),
+        semantic.sparse_linear.target: lambda: _sparse_refusal(args[6], args[7], args[8], value, _value(args[1])),
         semantic.quantized_embedding.target: lambda: (
             "" if args[4] in quantized_gemm.PARTS else f"{args[4]} tables have no kernel"
         ),
@@ -122,13 +122,15 @@ def _weight_refusal(format: str, group_size: int) -> str:
     return "" if fits else f"groups of {group_size} have no kernel; there are kernels for {smallest} to {largest}"
 
 
-def _sparse_refusal(layout: str, format: str, x: torch.Tensor, values: torch.Tensor) -> str:
+def _sparse_refusal(layout: str, format: str, group_size: int, x: torch.Tensor, values: torch.Tensor) -> str:
     if layout == TENSOR_CORES:
         return "torch's CUTLASS kernel multiplies weights in the layout of sparse tensor cores"
     if layout != "2:4":
         return f"sparse weights of layout {layout} have no kernel; there is one for 2:4"
+    if not sparse_gemm.serves(format, group_size):
+        return f"2:4 weights in {format}, groups of {group_size}, have no kernel; floating point, int8 and int4 have"
     if format:
-        return f"2:4 weights in {format} have no kernel; there is one for floating-point values"
+        return ""
     return "" if x.dtype == values.dtype else f"2:4 values in {values.dtype} do not fit activations in {x.dtype}"
 
 
@@ -260,7 +262,7 @@ def _each_by_itself(program: Program, editor: Editor) -> None:
             x, _shape, weight, bias, eps, *_ = arguments
             arguments = [x, weight, bias, eps]
         if node.target == semantic.sparse_linear.target:
-            arguments = [*arguments[:3], arguments[5]]
+            arguments = [*arguments[:6], *arguments[7:9]]
         new = editor.call(KERNELS[node.target].target, *arguments, before=node)
         if node.target == semantic.kv_cache_update.target:
             program.graph.erase_node(node)

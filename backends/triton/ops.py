@@ -262,9 +262,19 @@ def integer_linear(
 
 
 @define(sparse_gemm.linear)
-def sparse_linear(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None) -> Tensor:
-    """`graphwright.ops.sparse_linear` of layout `2:4` with floating-point values."""
-    return _own(sparse_gemm.linear_reference(x, values, places, bias), x)
+def sparse_linear(
+    x: Tensor,
+    values: Tensor,
+    places: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    format: str,
+    group_size: int,
+) -> Tensor:
+    """`graphwright.ops.sparse_linear` of layout `2:4`."""
+    arguments = (x, values, places, scale, zero_point, bias, "2:4", format, group_size, places.shape[0])
+    return _own(ops.sparse_linear.reference(*arguments), x)
 
 
 @define(grouped_gemm.grouped_linear)

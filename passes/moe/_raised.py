@@ -123,6 +123,20 @@ def stored(program: Program, layer: MoeLayer) -> dict[str, Tensor]:
     return {name: program.weight(node) for name, node in nodes.items() if node is not None}
 
 
+def expert_outputs(
+    program: Program, layer: MoeLayer, rows: Tensor, stacks: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """What each expert makes of rows [T, K]: [E, T, N]."""
+    given = stored(program, layer) if stacks is None else stacks
+    names = ("activation", "gated", "alpha", "limit")
+    rest = [argument(layer.node, name) for name in names]
+    parts = [given["up"], given.get("up_bias"), given["down"], given.get("down_bias")]
+    wide = [None if part is None else part.float() for part in parts]
+    ones = torch.ones(len(rows), 1)
+    count = len(given["up"])
+    return torch.stack([experts.reference(rows, ones, ones.long() * e, *wide, *rest) for e in range(count)])
+
+
 def dropped_share(program: Program, context: Context) -> dict[str, float]:
     """The part of all choices that capacities drop on the calibration data, by layer."""
     layers = [layer for layer in moe_layers(program)[0] if layer.capacity is not None]

@@ -65,7 +65,7 @@ class FuseSharedExperts(Pass):
         "2401.06066",
     )
     requires = ("experts",)
-    after = ("folded", "float_dtype", "fewer_experts", "merged_linear")
+    after = ("folded", "float_dtype", "fewer_experts", "narrower_experts", "merged_linear")
     provides = ("shared_experts_fused",)
 
     padding: float = Field(0.5, ge=0, description="zeros that may be added, as a part of the shared MLP")

@@ -16,10 +16,8 @@ from torch import Tensor
 
 from graphwright.expert_quantizer import Routed
 from graphwright.layer_pass import refuse_after
-from graphwright.match import argument
-from graphwright.ops import experts
 from graphwright.pass_ import Context, Paper, Pass, PassResult
-from graphwright.passes.moe._raised import MoeLayer, moe_layers, observe, restack, stored
+from graphwright.passes.moe._raised import MoeLayer, expert_outputs, moe_layers, observe, restack, stored
 from graphwright.program import Program
 from graphwright.rewrite import Editor
 
@@ -59,7 +57,7 @@ class MergeExperts(Pass):
 
         def visit(layer: MoeLayer, seen: Routed) -> None:
             rows = seen.pooled(ROWS)
-            clusters = self._clusters(_outputs(program, layer, rows))
+            clusters = self._clusters(expert_outputs(program, layer, rows))
             plans[layer.name] = (clusters, seen.usage(layer.count), rows)
 
         observe(program, context, layers, visit)
@@ -74,10 +72,10 @@ class MergeExperts(Pass):
                     misses.append(f"{layer.name}: its experts have a capacity, which merged ones would share")
                 elif editor.allow(layer.node):
                     merged[layer.name] = [cluster for cluster in clusters if len(cluster) > 1]
-                    old = _outputs(program, layer, rows)
+                    old = expert_outputs(program, layer, rows)
                     place = [next(i for i, c in enumerate(clusters) if e in c) for e in range(layer.count)]
                     stacks = {name: _means(tensor, clusters, usage) for name, tensor in stored(program, layer).items()}
-                    new = _outputs(program, layer, rows, stacks)[place]
+                    new = expert_outputs(program, layer, rows, stacks)[place]
                     errors[layer.name] = float((new - old).norm() / old.norm().clamp_min(1e-30))
                     restack(editor, layer, place, stacks, bias=False)
         notes = {"merged": merged, **({"left": misses} if misses else {})}
@@ -100,18 +98,6 @@ class MergeExperts(Pass):
                 break
             clusters[j] += clusters.pop(i)
         return [sorted(cluster) for cluster in clusters]
-
-
-def _outputs(program: Program, layer: MoeLayer, rows: Tensor, stacks: dict[str, Tensor] | None = None) -> Tensor:
-    """What each expert makes of rows [T, K]: [E, T, N]."""
-    given = stored(program, layer) if stacks is None else stacks
-    names = ("activation", "gated", "alpha", "limit")
-    rest = [argument(layer.node, name) for name in names]
-    parts = [given["up"], given.get("up_bias"), given["down"], given.get("down_bias")]
-    wide = [None if part is None else part.float() for part in parts]
-    ones = torch.ones(len(rows), 1)
-    count = len(given["up"])
-    return torch.stack([experts.reference(rows, ones, ones.long() * e, *wide, *rest) for e in range(count)])
 
 
 def _means(tensor: Tensor, clusters: list[list[int]], usage: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ class OffloadExperts(Pass):
     requires = ("experts",)
     after = (
         "fewer_experts",
+        "narrower_experts",
         "fewer_active_experts",
         "expert_capacity",
         "expert_choice",

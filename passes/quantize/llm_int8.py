@@ -38,7 +38,15 @@ class LlmInt8(Pass):
         "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", "Dettmers et al.", 2022, "2208.07339"
     )
     requires = ("linear",)
-    after = ("merged_linear", "float_dtype", "folded", "experts", "fewer_experts", "shared_experts_fused")
+    after = (
+        "merged_linear",
+        "float_dtype",
+        "folded",
+        "experts",
+        "fewer_experts",
+        "narrower_experts",
+        "shared_experts_fused",
+    )
     provides = ("quantized", "quantized_activations")
     conflicts = ("quantized", "quantized_activations")
 

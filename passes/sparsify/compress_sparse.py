@@ -6,8 +6,9 @@
 
 2:4 (Mishra et al. 2021, arXiv:2104.08378): half the values and a bit per weight, so 3 bits per weight in int4. Blocks
 whose weights are all zero: the other blocks, and a bit per block. Else a bitmask: the other values, and a bit per
-weight. Only 2:4 has kernels, and for quantized values only CPUs do, so nothing else is compressed for a GPU; other
-layouts save bytes and cost time, because weights are filled up with zeros before each product, and the report says so.
+weight. Only 2:4 has kernels, and for a GPU nothing else is compressed, nor is what its integer tensor cores multiply,
+which is faster than half the bytes; other layouts save bytes and cost time, because weights are filled up with zeros
+before each product, and the report says so.
 
 With `tensor_cores`, floating-point 2:4 weights get the layout that sparse tensor cores of NVIDIA's GPUs read (compute
 capability 8.0 and above), which halves the arithmetic of long prompts too; torch's CUTLASS kernel multiplies them.
@@ -23,13 +24,16 @@ from torch.nn import functional
 
 from graphwright import packing, structure
 from graphwright.errors import PassError
-from graphwright.ops import quantized_linear, sparse_linear
+from graphwright.ops import quantize_dequantize, quantized_linear, sparse_linear
 from graphwright.pass_ import Context, Paper, Pass, PassResult
 from graphwright.program import Program
 from graphwright.rewrite import Editor
 from graphwright.sparsity import TENSOR_CORES, compress, compress_for_tensor_cores, tensor_core_obstacle, to_blocks
 
 aten = torch.ops.aten
+
+GPU_FORMATS = ("", "int8", "int4")
+"""Values that the kernels of GPUs take in layout 2:4."""
 
 SIDES = (4, 8, 16, 32, 64)
 """Rows and columns of the blocks that are tried."""
@@ -108,7 +112,7 @@ class CompressSparse(Pass):
         obstacles: set[str] = set()
         with Editor(program, self.name, context.fuel) as editor:
             for node, dense in _weights(program):
-                stored = _smallest(dense, halves_only=on_gpu) if not (on_gpu and dense.format) else None
+                stored = None if on_gpu and not _has_gpu_kernel(node, dense) else _smallest(dense, halves_only=on_gpu)
                 if self.tensor_cores and stored is not None:
                     obstacle = tensor_core_obstacle(dense.values)
                     obstacles |= {obstacle} - {""}
@@ -161,6 +165,11 @@ def _quantized(program: Program, node: fx.Node) -> Dense:
     kept = packing.dequantize(packed, scale, zero, format, group_size)[:, :width] != 0
     codes = packing.unpack(packed, format, group_size)[:, :width]
     return Dense(codes, kept, packed.nbytes, scale, zero, bias, format, group_size)
+
+
+def _has_gpu_kernel(node: fx.Node, dense: Dense) -> bool:
+    """Whether a 2:4 form of the weight is multiplied faster than its dense form."""
+    return dense.format in GPU_FORMATS and node.args[0].target is not quantize_dequantize.target
 
 
 def _smallest(dense: Dense, *, halves_only: bool) -> Stored | None:

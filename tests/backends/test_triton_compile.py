@@ -26,6 +26,7 @@ from graphwright.kernels.triton import (
     norm,
     quantized_gemm,
     rope,
+    sparse_gemm,
 )
 from graphwright.kernels.triton.device import DEVICES
 from graphwright.kernels.triton.launch import Config, Recorder
@@ -81,6 +82,27 @@ def test_kernels_pass_their_gates(workers, family, shape, target, matrix):
         if found.problem.matrix:
             assert any(opcode.startswith(matrix) for opcode in resources.matrix), resources.matrix
             assert resources.widest_load == 128
+
+
+@pytest.mark.parametrize(
+    ("shape", "target", "matrix"),
+    [
+        ("int8 group 128, 16 rows", "cuda:sm_90", "HMMA"),
+        ("int4 group 128, 16 rows", "rocm:gfx942", "v_mfma"),
+        ("int4 group 32, 512 rows", "cuda:sm_100", "UTCHMMA"),
+    ],
+)
+def test_two_in_four_in_codes_passes_its_gates(workers, shape, target, matrix):
+    """Loads are as narrow as planes of codes are short, so there is no gate for their width."""
+    device = DEVICES[target]
+    recorder = Recorder(device)
+    sparse_gemm.SHAPES[shape](recorder, torch.bfloat16)
+    (found,) = build.build(recorder.launches, device, quiet, workers=workers)
+    assert found.binary is not None, found.refused
+    resources = found.binary.resources
+    assert failures(resources, found.binary.config, device, matrix=True) == []
+    assert resources.spills == 0
+    assert any(opcode.startswith(matrix) for opcode in resources.matrix), resources.matrix
 
 
 def test_a_second_build_is_taken_from_the_cache(workers):

@@ -17,8 +17,12 @@ from graphwright.target import GPUS
 HALVED = ["merge_linear", {"magnitude": {"pattern": "2:4"}}, "static_cache", "select_logits"]
 
 
-def test_a_program_with_halved_weights_runs_on_the_kernel():
-    _, program = run([*HALVED, "compress_sparse"], calibration=[])
+CODES = [[], [{"rtn": {"group_size": 32}}], [{"rtn": {"bits": 8, "group_size": 0}}]]
+
+
+@pytest.mark.parametrize("codes", CODES, ids=["float32", "int4", "int8"])
+def test_a_program_with_halved_weights_runs_on_the_kernel(codes):
+    _, program = run([*HALVED, *codes, "compress_sparse"], calibration=[])
     lowered = lowering.lower(program)
     layers = list(lowered.calls(ops.sparse_linear.target))
     assert len(layers) == len(list(program.calls(sparse_linear.target))) > 4
@@ -31,20 +35,35 @@ def test_a_program_with_halved_weights_runs_on_the_kernel():
         assert relative_error(actual, expected) < 1e-3
 
 
-@pytest.mark.parametrize(
-    ("passes", "reason"),
-    [
-        ([*HALVED, {"rtn": {"group_size": 32}}], "2:4 weights in int4 have no kernel"),
-        ([*HALVED[:1], "magnitude", *HALVED[2:]], "layout 1x1 have no kernel; there is one for 2:4"),
-    ],
-)
-def test_what_has_no_kernel_says_so_and_is_not_made_for_a_gpu(passes, reason):
-    before, on_cpu = run([*passes, "compress_sparse"], calibration=[])
+def compressed(passes, target):
+    """The program before the passes, and what `compress_sparse` makes of it for a target."""
+    recipe = Recipe.load({"passes": [*passes, "compress_sparse"]})
+    before, _ = run(passes[:1], calibration=[])
+    return PassManager(Context(GPUS[target]), verify=False).run(before, plan_passes(recipe, before))
+
+
+@pytest.mark.parametrize("codes", CODES, ids=["float32", "int4", "int8"])
+@pytest.mark.parametrize("target", ["cuda:sm_90", "rocm:gfx942"])
+def test_halved_weights_are_stored_for_gpus(codes, target):
+    program = compressed([*HALVED, *codes], target)
+    layers = list(program.calls(sparse_linear.target))
+    assert len(layers) > 4
+    assert all(BACKEND.supports(node, GPUS[target]).ok for node in layers)
+
+
+def test_what_has_no_kernel_says_so_and_is_not_made_for_a_gpu():
+    passes = [*HALVED[:1], "magnitude", *HALVED[2:]]
+    _, on_cpu = run([*passes, "compress_sparse"], calibration=[])
     refusals = {BACKEND.supports(node, GPUS["cuda:sm_90"]).reason for node in on_cpu.calls(sparse_linear.target)}
     assert len(refusals) == 1
-    assert reason in refusals.pop()
-    plan_ = plan_passes(Recipe.load({"passes": [*passes, "compress_sparse"]}), before)
-    on_gpu = PassManager(Context(GPUS["cuda:sm_90"]), verify=False).run(before, plan_)
+    assert "layout 1x1 have no kernel; there is one for 2:4" in refusals.pop()
+    on_gpu = compressed(passes, "cuda:sm_90")
     assert not list(on_gpu.calls(sparse_linear.target))
-    layers = [torch.ops.aten.linear.default, quantized_linear.target]
-    assert len(list(on_gpu.calls(*layers))) > 4
+    assert len(list(on_gpu.calls(torch.ops.aten.linear.default))) > 4
+
+
+def test_what_integer_tensor_cores_multiply_stays_dense():
+    rounded = [*HALVED, {"rtn": {"bits": 8, "group_size": 0}}, "activations"]
+    program = compressed(rounded, "cuda:sm_90")
+    assert not list(program.calls(sparse_linear.target))
+    assert len(list(program.calls(quantized_linear.target))) > 4

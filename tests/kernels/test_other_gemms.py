@@ -5,14 +5,15 @@ import torch
 from kernels.interpreted import TOLERANCE, runner
 from kernels.test_quantized_gemm import weights
 
+from graphwright import packing
 from graphwright.errors import BackendError, PassError
 from graphwright.kernels.triton import codebook_gemm, embedding, grouped_gemm, integer_gemm, sparse_gemm
 from graphwright.kernels.triton.device import DEVICES
 from graphwright.kernels.triton.launch import Recorder, meta
 from graphwright.numerics import relative_error
 from graphwright.op import OPS
-from graphwright.ops import grouped_linear, quantized_embedding
-from graphwright.sparsity import compress
+from graphwright.ops import grouped_linear, quantized_embedding, sparse_linear
+from graphwright.sparsity import Pattern, compress
 
 
 @pytest.mark.parametrize("rows", [1, 17, 66])
@@ -95,9 +96,32 @@ def test_two_in_four(rows, dtype):
     values, places = compress(weight)
     x, bias = torch.randn(rows, 120, dtype=dtype), torch.randn(37, dtype=dtype)
     expected = torch.nn.functional.linear(x.float(), weight.float(), bias.float()).to(dtype)
-    assert relative_error(sparse_gemm.linear_reference(x, values, places, bias), expected) < TOLERANCE[dtype]
     for number in (1, 3):
-        actual = sparse_gemm.linear(runner(number), x, values, places, bias)
+        actual = sparse_gemm.linear(runner(number), x, values, places, None, None, bias, "", 0)
+        assert relative_error(actual, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("rows", [1, 16, 70])
+@pytest.mark.parametrize(
+    ("format", "group_size", "groups"), [("int8", 120, 1), ("int8", 20, 6), ("int4", 64, 3), ("int4", 24, 5)]
+)
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_two_in_four_in_codes(rows, format, group_size, groups, zeros, dtype):
+    torch.manual_seed(0)
+    kind, width = packing.FORMATS[format], group_size * groups
+    codes = torch.randint(kind.low, kind.high + 1, (2 * 37, width // 4))
+    values = packing.pack(codes, format, group_size // 4)
+    weight = torch.randn(37, width)
+    places = compress(weight * Pattern(2, 4).keep(weight.abs(), 0.5))[1]
+    scale = torch.rand(37, groups) * 0.1
+    zero_point = torch.randint(kind.low, kind.high + 1, (37, groups)).to(values.dtype) if zeros else None
+    x, bias = torch.randn(rows, width, dtype=dtype), torch.randn(37, dtype=dtype)
+    arguments = (values, places, scale, zero_point, bias)
+    exact = (*arguments[:-1], bias.float())
+    expected = sparse_linear.reference(x.float(), *exact, "2:4", format, group_size, 37).to(dtype)
+    for number in (1, 3):
+        actual = sparse_gemm.linear(runner(number), x, *arguments, format, group_size)
         assert relative_error(actual, expected) < TOLERANCE[dtype]
 
 
@@ -139,7 +163,12 @@ def test_what_is_not_two_in_four_is_refused():
         compress(torch.zeros(1, 6))
     values, places = compress(torch.zeros(2, 8))
     with pytest.raises(BackendError, match="x has 4 columns and the weight 8"):
-        sparse_gemm.linear(runner(), torch.zeros(1, 4), values, places, None)
+        sparse_gemm.linear(runner(), torch.zeros(1, 4), values, places, None, None, None, "", 0)
+    coded = (values.char(), places, torch.ones(2, 1), None, None)
+    with pytest.raises(BackendError, match="No kernel multiplies 2:4 weights in int8, groups of 6"):
+        sparse_gemm.linear(runner(), torch.zeros(1, 8), *coded, "int8", 6)
+    with pytest.raises(BackendError, match="No kernel multiplies 2:4 weights in nf4, groups of 8"):
+        sparse_gemm.linear(runner(), torch.zeros(1, 8), *coded, "nf4", 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

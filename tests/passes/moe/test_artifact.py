@@ -6,11 +6,20 @@ from families.cache import captured
 from families.configs import VOCAB_SIZE
 
 import graphwright
+from graphwright.feeding import logits_of
+from graphwright.manager import PassManager, plan_passes
+from graphwright.match import argument
+from graphwright.numerics import relative_error
+from graphwright.ops import experts, quantized_experts
+from graphwright.pass_ import Context
+from graphwright.recipe import Recipe
+from graphwright.target import Target
 
+FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"]
 PASSES = ["merge_linear", "static_cache", "select_logits", "experts"]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_loaded_artifact_says_what_transformers_says(name, tmp_path):
     model, program = captured(name)
     graphwright.compile(program, {"passes": PASSES}, verify=False).save(tmp_path / "out")
@@ -25,19 +34,19 @@ def test_a_loaded_artifact_says_what_transformers_says(name, tmp_path):
         assert found == expected.tolist()
 
 
-def test_a_quantized_artifact_says_what_its_program_says(tmp_path):
-    quantized = {"rtn": {"bits": 4, "group_size": 16, "head_bits": 8}}
-    compiled = graphwright.compile(captured("qwen3_moe")[1], {"passes": [*PASSES, quantized]}, verify=False)
-    compiled.save(tmp_path / "out")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_quantized_artifact_says_what_its_program_says(name, tmp_path):
+    """The last layer has 8 bits, all others have 4."""
+    model, program = captured(name)
+    last = rf"layers\.{model.config.num_hidden_layers - 1}\."
+    rounded = {"rtn": {"bits": 4, "group_size": 16, "layers": {last: {"format": "int8", "group_size": 0}}}}
+    plan = plan_passes(Recipe.load({"passes": [*PASSES, rounded]}), program)
+    quantized = PassManager(Context(Target.parse("cpu"))).run(program.clone(), plan)
+    formats = {argument(node, "format") for node in quantized.calls(quantized_experts.target)}
+    assert formats == {"int4", "int8"}
+    assert not [*quantized.calls(experts.target)]
+    graphwright.compile(quantized, {"passes": []}, verify=False).save(tmp_path / "out")
     loaded = graphwright.load(tmp_path / "out")
     assert loaded.backend == "tvm"
     prompt = torch.randint(3, VOCAB_SIZE, (1, 9), generator=torch.Generator().manual_seed(6))
-    contract = compiled.program.contract
-    inputs = {
-        "input_ids": prompt, "positions": torch.arange(9)[None], "key_positions": torch.arange(9),
-        "logit_index": torch.arange(9)[None], **contract.allocate({"batch": 1, "capacity": 10}),
-    }  # fmt: skip
-    states = contract.allocate({"batch": 1, "capacity": 10})
-    expected = compiled.program(**inputs)[0]
-    found = loaded.executable({**inputs, **states})[0]
-    assert float((found - expected).norm() / expected.norm()) < 1e-5
+    assert relative_error(loaded.logits(prompt), logits_of(quantized, prompt)) < 1e-4
