@@ -590,12 +590,12 @@ def _attention(t: Translator, node: fx.Node) -> View:
     inputs += [t.view(part, "float32").variable for part in (slopes, sinks) if part is not None]
     shape = (batch, length, heads, value_dim)
     outputs: list[tuple[Sequence[Any], str]] = [(shape, "float32")]
+    parts = max(1, -(-KEY_PARTS // kv_heads))
     if length == 1 and batch == 1:
-        parts = max(1, -(-KEY_PARTS // kv_heads))
         outputs.append(((batch, kv_heads, parts, described.group, value_dim + 2), "float32"))
         made = t.kernel(lambda s: attention_kernels.decode(described, operands(s), parts), inputs, outputs)
     else:
-        made = t.kernel(lambda s: attention_kernels.prefill(described, operands(s)), inputs, outputs)
+        made = t.kernel(lambda s: attention_kernels.prefill(described, operands(s), parts), inputs, outputs)
     return View(made[0], transpose(Layout.contiguous(shape), (0, 2, 1, 3)), "float32")
 
 

@@ -1,12 +1,16 @@
 """Attention by positions with an online softmax, in the two shapes that inference has.
 
-`decode`: one query per sequence. Keys are cut into parts that threads share, and the parts' softmaxes are merged at
-the end (Flash-Decoding, Dao et al. 2023); query heads that share a key-value head read it once.
+`decode`: one query. Keys are cut into parts that threads share, and the parts' softmaxes are merged at the end
+(Flash-Decoding, Dao et al. 2023); query heads that share a key-value head read it once.
 
-`prefill`: many queries. Rows (queries of all heads that share a key-value head) lie across vector lanes, so softmax
-needs no reduction across lanes and keys need no transposition; blocks of keys that no row of a task can see are
-skipped (FlashAttention-2, Dao 2023, arXiv:2307.08691). So are they in decode where there is a window: its parts then
-take blocks in turn, because those that are seen lie together.
+`prefill`: any number. Few queries of each sequence, as when several sequences decode or guesses are verified, are
+taken one by one as in `decode`, with the same parts in the same order, so that a token's result is the same to the bit
+whether it comes alone or not. Parts take blocks of keys in turn, so that the room in the cache does not matter either,
+and where there is a window, parts share the blocks that are seen.
+
+Of many queries, rows (queries of all heads that share a key-value head) lie across vector lanes, so softmax needs no
+reduction across lanes and keys need no transposition; blocks of keys that no row of a task can see are skipped
+(FlashAttention-2, Dao 2023, arXiv:2307.08691), here as in decode.
 """
 
 from collections.abc import Iterator
@@ -41,6 +45,12 @@ KEYS = 16
 
 KEY_BLOCK = 32
 """Keys of one step in prefill."""
+
+VECTORS = 4
+"""Vectors of 16 rows that a task of prefill computes."""
+
+FEW = 8
+"""Queries of a sequence that are taken one by one."""
 
 LOWEST = -1e30
 """A score below all scores; exp(LOWEST - x) is 0 for every score x."""
@@ -140,22 +150,23 @@ class _Buffers:
 
 def decode(a: Attention, o: Operands, parts: int) -> tirx.PrimFunc:
     """The kernel for one query per sequence; writes out [B, 1, H, Dv] and scratch [B, Hkv, parts, group, Dv + 2]."""
-    batch, keys = o.query.shape[0], o.key.shape[2]
+    batch = o.query.shape[0]
     with kernel("attention_decode") as k:
         b = _Buffers(k, a, o, parts)
-        blocks = let(ceil_div(keys, KEYS))
-        share = let(ceil_div(blocks, parts))
         with parallel(batch * (a.kv_heads * parts)) as task:
             row = let(task // (a.kv_heads * parts))
             head, part = let(task // parts % a.kv_heads), let(task % parts)
-            if a.window or a.chunk:
-                _decode_part(b, row, head, part, parts, let(ceil_div(blocks - part, parts)), task)
-            else:
-                first = let(minimum(part * share, blocks))
-                _decode_part(b, row, head, first, 1, let(minimum(first + share, blocks) - first), task)
+            _decode_part(b, row, 0, head, _blocks_of(b, part, parts), b.parts, task * a.group)
         with parallel(batch) as row, loop(a.heads) as head:
-            _merge(b, row, head, parts)
+            group = let((row * a.kv_heads + head // a.group) * parts * a.group)
+            _merge(b, row, 0, head, parts, b.parts, group)
     return k.function
+
+
+def _blocks_of(b: _Buffers, part: Any, parts: int) -> tuple[Any, int, Any]:
+    """The first block of keys of a part, how far its blocks are apart, and their number."""
+    blocks = ceil_div(b.o.key.shape[2], KEYS)
+    return part, parts, let(ceil_div(blocks - part, parts))
 
 
 @contextmanager
@@ -180,15 +191,28 @@ def _range(positions: Flat, lanes: int) -> tuple[Any, Any]:
     return smallest, let(tirx.call_llvm_pure_intrin("int32", f"llvm.vector.reduce.smax.{name}", keys))
 
 
-def _decode_part(b: _Buffers, row: Any, head: Any, first: Any, stride: int, count: Any, task: Any) -> None:
-    """One query's `count` blocks of keys, from the block `first` on, `stride` blocks apart."""
+def _decode_part(
+    b: _Buffers, row: Any, place: Any, head: Any, share: tuple[Any, int, Any], held: Flat, line: Any
+) -> None:
+    """One query's share of the blocks of keys, for the query heads of one key-value head.
+
+    Args:
+        b: the arguments.
+        row: the sequence.
+        place: the query's.
+        head: of keys and values.
+        share: first block, distance of blocks, number of blocks.
+        held: where results go, Dv + 2 numbers a line.
+        line: the first one.
+    """
     a, o = b.a, b.o
+    first, stride, count = share
     lanes, width = widest(a.head_dim), widest(a.value_dim)
     query = local(a.group * a.head_dim, "float32")
     values = local(a.group * a.value_dim, "float32")
     best, total, weights = local(a.group, "float32"), local(a.group, "float32"), local(KEYS, "float32")
     with loop(a.group) as g:
-        start = let(o.query.at(row, head * a.group + g, 0))
+        start = let(o.query.at(row, head * a.group + g, place))
         with loop(a.head_dim // lanes) as i:
             scaled = b.query.vec(start + i * lanes, lanes) * constant(a.scale, lanes)
             query.put(g * a.head_dim + i * lanes, scaled, lanes)
@@ -196,7 +220,10 @@ def _decode_part(b: _Buffers, row: Any, head: Any, first: Any, stride: int, coun
         total.put(g, tirx.const(0.0, "float32"), 1)
         with loop(a.value_dim // width) as i:
             values.put(g * a.value_dim + i * width, constant(0.0, width), width)
-    query_position = let(b.query_position(row, 0))
+    # Through memory: TVM takes minutes to simplify masks if it sees how the position follows from the task.
+    asked = local(1, "int32")
+    asked.put(0, b.query_position(row, place), 1)
+    query_position = let(asked[0])
     with (
         loop(count) as step,
         _if_seen(b, row, start := let((first + step * stride) * KEYS), query_position) as positions,
@@ -207,7 +234,7 @@ def _decode_part(b: _Buffers, row: Any, head: Any, first: Any, stride: int, coun
         # Codes become floats once, for all the query heads that read them; scales are put in per key afterwards.
         key_scales, value_scales = (b.scales(kind, row, head, places) for kind in ("key", "value"))
         keys, key_rows = _floats(b.key, key_rows, a.head_dim)
-        held, value_rows = _floats(b.value, value_rows, a.value_dim)
+        plain, value_rows = _floats(b.value, value_rows, a.value_dim)
         with loop(a.group) as g:
             for i, key_row in enumerate(key_rows):
                 dot: Any = None
@@ -228,17 +255,17 @@ def _decode_part(b: _Buffers, row: Any, head: Any, first: Any, stride: int, coun
             best.put(g, top, 1)
             total.put(g, total[g] * fade + reduce_add(weight, KEYS), 1)
             with loop(a.value_dim // width) as at:
-                place = let(g * a.value_dim + at * width)
-                sum_: Any = values.vec(place, width) * splat(fade, width)
+                start_ = let(g * a.value_dim + at * width)
+                sum_: Any = values.vec(start_, width) * splat(fade, width)
                 for i, value_row in enumerate(value_rows):
-                    sum_ = sum_ + splat(weights[i], width) * held.vec(value_row + at * width, width)
-                values.put(place, sum_, width)
+                    sum_ = sum_ + splat(weights[i], width) * plain.vec(value_row + at * width, width)
+                values.put(start_, sum_, width)
     with loop(a.group) as g:
-        target = let((task * a.group + g) * (a.value_dim + 2))
+        target = let((line + g) * (a.value_dim + 2))
         with loop(a.value_dim // width) as at:
-            b.parts.put(target + at * width, values.vec(g * a.value_dim + at * width, width), width)
-        b.parts.put(target + a.value_dim, best[g], 1)
-        b.parts.put(target + a.value_dim + 1, total[g], 1)
+            held.put(target + at * width, values.vec(g * a.value_dim + at * width, width), width)
+        held.put(target + a.value_dim, best[g], 1)
+        held.put(target + a.value_dim + 1, total[g], 1)
 
 
 def _floats(buffer: Flat, rows: list[Any], width: int) -> tuple[Flat, list[Any]]:
@@ -253,63 +280,81 @@ def _floats(buffer: Flat, rows: list[Any], width: int) -> tuple[Flat, list[Any]]
     return made, [i * width for i in range(len(rows))]
 
 
-def _merge(b: _Buffers, row: Any, head: Any, parts: int) -> None:
-    """The output of one head from the parts that its keys were cut into."""
+def _merge(b: _Buffers, row: Any, place: Any, head: Any, parts: int, held: Flat, group: Any) -> None:
+    """The output of one head of a query from the parts that its keys were cut into.
+
+    Args:
+        b: the arguments.
+        row: the sequence.
+        place: the query's.
+        head: of queries.
+        parts: number of them.
+        held: their results.
+        group: line of the first result of the first part.
+    """
     a, width = b.a, widest(b.a.value_dim)
-    stride = a.value_dim + 2
-
-    def start(part: Any) -> Any:
-        return (((row * a.kv_heads + head // a.group) * parts + part) * a.group + head % a.group) * stride
-
-    starts = [let(start(part)) for part in range(parts)]
+    starts = [let((group + part * a.group + head % a.group) * (a.value_dim + 2)) for part in range(parts)]
     top: Any = b.sinks[head] if b.sinks is not None else tirx.const(LOWEST, "float32")
     for at in starts:
-        top = T.max(top, b.parts[at + a.value_dim])
+        top = T.max(top, held[at + a.value_dim])
     top = let(top)
     total: Any = exp(b.sinks[head] - top, 1) if b.sinks is not None else tirx.const(0.0, "float32")
-    fades = [exp(b.parts[at + a.value_dim] - top, 1) for at in starts]
+    fades = [exp(held[at + a.value_dim] - top, 1) for at in starts]
     for at, fade in zip(starts, fades, strict=True):
-        total = total + fade * b.parts[at + a.value_dim + 1]
+        total = total + fade * held[at + a.value_dim + 1]
     total = let(total)
     factor = let(
         T.Select(total > tirx.const(0.0, "float32"), tirx.const(1.0, "float32") / total, tirx.const(0.0, "float32"))
     )
+    out = let(((row * b.o.query.shape[2] + place) * a.heads + head) * a.value_dim)
     with loop(a.value_dim // width) as i:
         value: Any = constant(0.0, width)
         for at, fade in zip(starts, fades, strict=True):
-            value = value + splat(fade, width) * b.parts.vec(at + i * width, width)
-        b.out.put((row * a.heads + head) * a.value_dim + i * width, value * splat(factor, width), width)
+            value = value + splat(fade, width) * held.vec(at + i * width, width)
+        b.out.put(out + i * width, value * splat(factor, width), width)
 
 
-def prefill(a: Attention, o: Operands) -> tirx.PrimFunc:
-    """The kernel for any number of queries; writes out [B, S, H, Dv]."""
+def prefill(a: Attention, o: Operands, parts: int) -> tirx.PrimFunc:
+    """The kernel for any number of queries; writes out [B, S, H, Dv]. `parts` are those of `decode`."""
     batch, _, length, _ = o.query.shape
     with kernel("attention_prefill") as k:
         b = _Buffers(k, a, o, 0)
-        rows = let(length * a.group)
-        with T.If(rows <= tirx.const(16, "int64")):
+        with T.If(length <= tirx.const(FEW, "int64")):
             with T.Then():
-                _prefill_tasks(b, batch, rows, 1)
+                _one_by_one(b, batch, length, parts)
             with T.Else():
-                _prefill_tasks(b, batch, rows, 4)
+                _prefill_tasks(b, batch, let(length * a.group))
     return k.function
 
 
-def _prefill_tasks(b: _Buffers, batch: Any, rows: Any, vectors: int) -> None:
-    blocks = let(ceil_div(rows, 16 * vectors))
+def _one_by_one(b: _Buffers, batch: Any, length: Any, parts: int) -> None:
+    """Every query and key-value head is a task, which goes through all parts of the keys."""
+    a = b.a
+    with T.parallel(0, batch * length * a.kv_heads) as task:
+        row, place = let(task // (length * a.kv_heads)), let(task // a.kv_heads % length)
+        head = let(task % a.kv_heads)
+        held = local(parts * a.group * (a.value_dim + 2), "float32")
+        with loop(parts) as part:
+            _decode_part(b, row, place, head, _blocks_of(b, part, parts), held, part * a.group)
+        with loop(a.group) as g:
+            _merge(b, row, place, let(head * a.group + g), parts, held, 0)
+
+
+def _prefill_tasks(b: _Buffers, batch: Any, rows: Any) -> None:
+    blocks = let(ceil_div(rows, 16 * VECTORS))
     kv_heads = b.a.kv_heads
     with T.parallel(0, batch * kv_heads * blocks) as task:
         sequence, head = let(task // (blocks * kv_heads)), let(task // blocks % kv_heads)
-        _RowBlock(b, sequence, head, let(task % blocks * (16 * vectors)), rows, vectors).emit()
+        _RowBlock(b, sequence, head, let(task % blocks * (16 * VECTORS)), rows).emit()
 
 
 class _RowBlock:
     """Rows that one task computes: consecutive (query, head) pairs of one key-value head, across vector lanes."""
 
-    def __init__(self, b: _Buffers, sequence: Any, head: Any, first: Any, rows: Any, vectors: int) -> None:
+    def __init__(self, b: _Buffers, sequence: Any, head: Any, first: Any, rows: Any) -> None:
         self.b, self.a, self.o = b, b.a, b.o
         self.sequence, self.head, self.first, self.rows = sequence, head, first, rows
-        self.vectors, self.width = vectors, 16 * vectors
+        self.vectors, self.width = VECTORS, 16 * VECTORS
         self.query = local(self.a.head_dim * self.width, "float32")
         self.values = local(self.a.value_dim * self.width, "float32")
         self.weights = local(KEY_BLOCK * self.width, "float32")

@@ -31,7 +31,7 @@ from graphwright.kernels.tir.emit import (
     spread,
     widest,
 )
-from graphwright.kernels.tir.float_linear import Operands, each_block, one_row, panel, products, rows_at_once
+from graphwright.kernels.tir.float_linear import Operands, each_block, panel, products, rows_at_once, some_rows
 from graphwright.kernels.tir.functions import exp
 from graphwright.kernels.tir.linear import Epilogue, Linear, Weight
 
@@ -357,7 +357,7 @@ def expert_linear(
                 with T.Then(), loop(taken) as row:
                     place = let(first + row)
                     start = source(place)
-                    finish(place, [one_row(b, start, tile, lanes) for tile in stored])
+                    finish(place, [some_rows(b, [start], tile, lanes)[0] for tile in stored])
                 with T.Else():
                     panels = [panel(many, tile, lanes) for tile in stored]
                     each_block(first, taken, rows_at_once(lanes, len(chosen)), lambda places: block(panels, places))

@@ -16,6 +16,7 @@ from graphwright.kernels.tir.emit import (
     Flat,
     Index,
     Kernel,
+    T,
     ceil_div,
     floats,
     kernel,
@@ -39,8 +40,28 @@ CHAINS = 4
 UNROLLED = 8
 """Weights along K in one turn of the innermost loop; a multiple of every step, and a part of a chunk of places."""
 
+FEW = 8
+"""Rows for which the weight is streamed rather than decoded into a cache."""
+
+TOGETHER = 4
+"""Of these, rows that a vector of weights is multiplied with at once."""
+
 REST_BLOCK = 4
 """Rows at a time where fewer are left than registers hold sums for."""
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What is multiplied: rows of x, each a run of floats, and a weight in tiles.
+
+    While a weight is read, the one that is `ahead` elements behind it in memory is asked for, if that is given.
+    """
+
+    layer: Linear
+    x: Flat
+    weight: Weight
+    pick: Pick | None = None
+    ahead: Any = None
 
 
 def vector(layer: Linear, lanes: int, lead: Sequence[Index], pick: Pick | None = None) -> tirx.PrimFunc:
@@ -51,8 +72,9 @@ def vector(layer: Linear, lanes: int, lead: Sequence[Index], pick: Pick | None =
     with kernel("float_linear_vector") as k:
         x, weight, epilogue = _arguments(k, layer, lead)
         with parallel(layer.width // ROWS if layer.paired else layer.tiles) as tile:
+            b = Operands(layer, x, weight, pick)
             chosen = [tile, tile + layer.tiles // 2] if layer.paired else [tile]
-            epilogue.finish(0, chosen, [one_row(Operands(layer, x, weight, pick), 0, t, lanes) for t in chosen], lanes)
+            epilogue.finish(0, chosen, [some_rows(b, [0], t, lanes)[0] for t in chosen], lanes)
     return k.function
 
 
@@ -62,19 +84,47 @@ def matrix(layer: Linear, lanes: int, lead: Sequence[Index]) -> tirx.PrimFunc:
     with kernel("float_linear_matrix") as k:
         x, weight, epilogue = _arguments(k, layer, lead)
         b = Operands(layer, x, weight)
-        with parallel(layer.columns * let(ceil_div(rows, ROWS_PER_TASK))) as task:
-            chosen = layer.tiles_of(let(task % layer.columns))
-            panels = [panel(b, tile, lanes) for tile in chosen]
-            first = let(task // layer.columns * ROWS_PER_TASK)
-            count = let(minimum(rows - first, tirx.const(ROWS_PER_TASK, "int64")))
-
-            def finish(places: list[Any]) -> None:
-                sums = products(b, [place * layer.inputs for place in places], panels, lanes)
-                for place, line in zip(places, sums, strict=True):
-                    epilogue.finish(place, chosen, line, lanes)
-
-            each_block(first, count, rows_at_once(lanes, len(chosen)), finish)
+        if layer.halved:
+            _by_panels(b, epilogue, rows, lanes)
+        else:
+            with T.If(rows <= tirx.const(FEW, "int64")):
+                with T.Then():
+                    _few(b, epilogue, rows, lanes)
+                with T.Else():
+                    _by_panels(b, epilogue, rows, lanes)
     return k.function
+
+
+def _few(b: Operands, epilogue: Epilogue, rows: Any, lanes: int) -> None:
+    """Every thread streams its share of the weight, as for one row, and multiplies it with some rows at once.
+
+    Sums are taken in the order in which `vector` takes them, so that a row's result does not depend on its company.
+    """
+    layer, together = b.layer, TOGETHER if lanes == ROWS else 1
+    with parallel(layer.width // ROWS if layer.paired else layer.tiles) as tile, loop(ceil_div(rows, together)) as part:
+        chosen = [tile, let(tile + layer.tiles // 2)] if layer.paired else [tile]
+        places = [let(minimum(part * together + i, rows - 1)) for i in range(together)]
+        starts = [let(place * layer.inputs) for place in places]
+        sums = [some_rows(b, starts, t, lanes) for t in chosen]
+        for place, line in zip(places, zip(*sums, strict=True), strict=True):
+            epilogue.finish(place, chosen, list(line), lanes)
+
+
+def _by_panels(b: Operands, epilogue: Epilogue, rows: Any, lanes: int) -> None:
+    """Decodes two tiles into the cache of a thread, then multiplies them with many rows."""
+    layer = b.layer
+    with parallel(layer.columns * let(ceil_div(rows, ROWS_PER_TASK))) as task:
+        chosen = layer.tiles_of(let(task % layer.columns))
+        panels = [panel(b, tile, lanes) for tile in chosen]
+        first = let(task // layer.columns * ROWS_PER_TASK)
+        count = let(minimum(rows - first, tirx.const(ROWS_PER_TASK, "int64")))
+
+        def finish(places: list[Any]) -> None:
+            sums = products(b, [place * layer.inputs for place in places], panels, lanes)
+            for place, line in zip(places, sums, strict=True):
+                epilogue.finish(place, chosen, line, lanes)
+
+        each_block(first, count, rows_at_once(lanes, len(chosen)), finish)
 
 
 def _arguments(k: Kernel, layer: Linear, lead: Sequence[Index]) -> tuple[Flat, Weight, Epilogue]:
@@ -101,20 +151,6 @@ def rows_at_once(lanes: int, tiles: int) -> int:
     return max(1, registers * lanes // (tiles * ROWS))
 
 
-@dataclass(frozen=True)
-class Operands:
-    """What is multiplied: rows of x, each a run of floats, and a weight in tiles.
-
-    While a weight is read, the one that is `ahead` elements behind it in memory is asked for, if that is given.
-    """
-
-    layer: Linear
-    x: Flat
-    weight: Weight
-    pick: Pick | None = None
-    ahead: Any = None
-
-
 def _each_group(layer: Linear, body: Callable[[Any, int], None]) -> None:
     """Emits `body(group, stored weights in it)` for all groups; the end of the row may cut the last one short."""
     whole, rest = divmod(layer.stored, layer.stored_group)
@@ -136,34 +172,40 @@ def _each_turn(layer: Linear, width: int, body: Callable[[Any, int], None]) -> N
         body(width - rest, rest)
 
 
-def one_row(b: Operands, start: Any, tile: Any, lanes: int) -> Flat:
-    """The product of the row that begins at `start` with one tile."""
-    total = local(ROWS, "float32")
-    clear(total, ROWS, "float32", lanes)
-    _each_group(b.layer, lambda group, width: _one_group(b, start, tile, group, width, total, lanes))
-    return total
+def some_rows(b: Operands, starts: list[Any], tile: Any, lanes: int) -> list[Flat]:
+    """The products of the rows that begin at `starts` with one tile."""
+    totals = [local(ROWS, "float32") for _ in starts]
+    for total in totals:
+        clear(total, ROWS, "float32", lanes)
+    _each_group(b.layer, lambda group, width: _one_group(b, starts, tile, group, width, totals, lanes))
+    return totals
 
 
-def _one_group(b: Operands, start: Any, tile: Any, group: Any, width: int, total: Flat, lanes: int) -> None:
-    """Adds the products of `width` weights of a group to `total`."""
+def _one_group(
+    b: Operands, starts: list[Any], tile: Any, group: Any, width: int, totals: list[Flat], lanes: int
+) -> None:
+    """Adds the products of `width` weights of a group to each row's total."""
     layer, at = b.layer, let(tile * b.layer.groups + group)
-    sums = local(CHAINS * ROWS, "float32")
-    clear(sums, CHAINS * ROWS, "float32", lanes)
+    sums = [local(CHAINS * ROWS, "float32") for _ in starts]
+    for line in sums:
+        clear(line, CHAINS * ROWS, "float32", lanes)
 
     def add(first: Any, count: int) -> None:
         for lane in range(0, ROWS, lanes):
-            met = _met(b, start, tile, let(group * layer.stored_group + first), count, lane, lanes)
+            place = let(group * layer.stored_group + first)
+            met = [_met(b, start, tile, place, count, lane, lanes) for start in starts]
             for i, weight in enumerate(_decoded(b, at, first, count, lane, lanes)):
-                place = i % CHAINS * ROWS + lane
-                sums.put(place, fma(weight, met[i], sums.vec(place, lanes), lanes), lanes)
+                weight, chain = let(weight), i % CHAINS * ROWS + lane
+                for line, row in zip(sums, met, strict=True):
+                    line.put(chain, fma(weight, row[i], line.vec(chain, lanes), lanes), lanes)
 
     _each_turn(layer, width, add)
     for lane in range(0, ROWS, lanes):
-        low, high = (sums.vec(i * ROWS + lane, lanes) + sums.vec((i + 1) * ROWS + lane, lanes) for i in (0, 2))
-        value = low + high
-        if layer.scale_dtype:
-            value = value * b.weight.scale(at, lane, lanes)
-        total.put(lane, total.vec(lane, lanes) + value, lanes)
+        scale = let(b.weight.scale(at, lane, lanes)) if layer.scale_dtype else None
+        for total, line in zip(totals, sums, strict=True):
+            low, high = (line.vec(i * ROWS + lane, lanes) + line.vec((i + 1) * ROWS + lane, lanes) for i in (0, 2))
+            value = low + high if scale is None else (low + high) * scale
+            total.put(lane, total.vec(lane, lanes) + value, lanes)
 
 
 def _met(b: Operands, start: Any, tile: Any, first: Any, count: int, lane: int, lanes: int) -> list[Any]:

@@ -41,6 +41,9 @@ from graphwright.kernels.tir.tiles import CHUNK, ROWS, STEP, unsigned_zero
 TILE_BLOCK = amx.BLOCK * ROWS
 """Rows of activations multiplied at a time in tile registers."""
 
+FEW = (2, 4, 8)
+"""Numbers of rows that a stream of the weight is multiplied with at once; each has code of its own."""
+
 DEFAULT = Schedule()
 
 
@@ -56,22 +59,33 @@ def vector(layer: Linear, isa: Isa, lead: Sequence[Index]) -> tirx.PrimFunc:
 def matrix(layer: Linear, isa: Isa, lead: Sequence[Index], schedule: Schedule = DEFAULT) -> tirx.PrimFunc:
     """The kernel for any number of rows."""
     rows = product(lead)
-    few = 8 if isa.lanes == ROWS else 4
     with kernel("quantized_linear_matrix") as k:
         b = _Buffers(k, layer, lead)
-        with T.If(rows <= few):
-            with T.Then(), parallel(b.streams) as tile:
-                _stream(b, isa, tile, _clamped(0, few, rows))
-            with T.Else():
-                if isa.tiles and schedule.tile_registers and amx.depth(b.span):
-                    with T.If(rows >= TILE_BLOCK):
-                        with T.Then():
-                            _multiply_tiles(b, isa, rows, schedule)
-                        with T.Else():
-                            _multiply(b, isa, rows, schedule)
-                else:
-                    _multiply(b, isa, rows, schedule)
+        _by_rows(b, isa, rows, schedule, FEW if isa.lanes == ROWS else FEW[:-1])
     return k.function
+
+
+def _by_rows(b: "_Buffers", isa: Isa, rows: Any, schedule: Schedule, counts: Sequence[int]) -> None:
+    """Streams the weight for the least of `counts` rows that is enough; goes about more rows in blocks."""
+    if not counts:
+        _by_blocks(b, isa, rows, schedule)
+        return
+    with T.If(rows <= counts[0]):
+        with T.Then(), parallel(b.streams) as tile:
+            _stream(b, isa, tile, _clamped(0, counts[0], rows))
+        with T.Else():
+            _by_rows(b, isa, rows, schedule, counts[1:])
+
+
+def _by_blocks(b: "_Buffers", isa: Isa, rows: Any, schedule: Schedule) -> None:
+    if not (isa.tiles and schedule.tile_registers and amx.depth(b.span)):
+        _multiply(b, isa, rows, schedule)
+        return
+    with T.If(rows >= TILE_BLOCK):
+        with T.Then():
+            _multiply_tiles(b, isa, rows, schedule)
+        with T.Else():
+            _multiply(b, isa, rows, schedule)
 
 
 def code_row(layer: Linear) -> CodeRow:

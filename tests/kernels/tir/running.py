@@ -1,5 +1,7 @@
 """Compiles one kernel for this machine and calls it with torch tensors."""
 
+from collections.abc import Callable
+
 import torch
 import tvm
 from torch.nn import functional
@@ -13,13 +15,17 @@ from graphwright.target import Target
 HOST = Target.parse("cpu")
 
 
-def run(function: tirx.PrimFunc, *tensors: torch.Tensor) -> None:
-    """Calls the kernel; outputs are among the arguments."""
+def compiled(function: tirx.PrimFunc) -> Callable[..., None]:
+    """The kernel for this machine."""
     module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
     # As the backend builds kernels: sharing memory between buffers would take registers from some of them.
     with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
-        compiled = tvm.compile(module, target=tvm_target(HOST))
-    compiled["kernel"](*tensors)
+        return tvm.compile(module, target=tvm_target(HOST))["kernel"]
+
+
+def run(function: tirx.PrimFunc, *tensors: torch.Tensor) -> None:
+    """Compiles the kernel and calls it; outputs are among the arguments."""
+    compiled(function)(*tensors)
 
 
 def size(name: str) -> tirx.Var:

@@ -54,7 +54,7 @@ def kernel_output(sample, decode: bool, parts: int = 3, scales: tuple = ()) -> t
         parts_out = nowhere(batch, kv_heads, parts, heads // kv_heads, value_dim + 2)
         run(kernels.decode(described, operands, parts), *given, out, parts_out)
     else:
-        run(kernels.prefill(described, operands), *given, out)
+        run(kernels.prefill(described, operands, parts), *given, out)
     return out.transpose(1, 2)
 
 
@@ -70,7 +70,7 @@ def test_samples(sample):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (9, 3), (8, 1)])
 def test_head_shapes(head_dim, heads, kv_heads):
     torch.manual_seed(0)
-    for queries, keys in ((1, 1), (1, 67), (2, 33), (35, 70)):
+    for queries, keys in ((1, 1), (1, 67), (2, 33), (9, 40), (35, 70)):
         query = torch.randn(2, heads, queries, head_dim)
         key, value = torch.randn(2, kv_heads, keys, head_dim), torch.randn(2, kv_heads, keys, head_dim + 4)
         query_at = torch.arange(keys - queries, keys)[None].repeat(2, 1)
@@ -80,6 +80,44 @@ def test_head_shapes(head_dim, heads, kv_heads):
         assert relative_error(kernel_output(sample, decode=False), expected) < TOLERANCE
         if queries == 1:
             assert relative_error(kernel_output(sample, decode=True), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("codes", [False, True])
+@pytest.mark.parametrize("options", [(), (5,), (0, 7), (0, 0, 3, 30.0)], ids=str)
+def test_few_queries_are_the_same_to_the_bit_alone_and_in_company(options, codes):
+    """So verifying guesses, or decoding several sequences at once, changes no token."""
+    torch.manual_seed(0)
+    queries, keys = kernels.FEW, 67
+    query = torch.randn(2, 9, queries, 24)
+    held, scales = [torch.randn(2, 3, keys, 24) for _ in range(2)], ()
+    if codes:
+        held, scales = zip(*(quantize_tokens(tensor, "int8") for tensor in held), strict=True)
+    query_at = torch.arange(keys - queries, keys)[None].repeat(2, 1)
+    rest = (torch.arange(keys)[None], None, torch.rand(9), torch.randn(9), 0.2, True, *options)
+
+    def one(tensor, axis, index):
+        return tensor.narrow(axis, index, 1).contiguous()
+
+    together = kernel_output((query, *held, query_at, *rest), decode=False, scales=tuple(scales))
+    alone = [
+        kernel_output((one(query, 2, i), *held, one(query_at, 1, i), *rest), decode=True, scales=tuple(scales))
+        for i in (0, 1, queries - 1)
+    ]
+    assert torch.equal(together[:, :, [0, 1, queries - 1]], torch.cat(alone, 2))
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_the_room_in_the_cache_does_not_matter(decode):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 6, 1, 24), torch.randn(1, 2, 300, 24), torch.randn(1, 2, 300, 24)
+    rest = (None, None, None, 0.2, True)
+    found = []
+    for keys in (70, 71, 128, 300):
+        key_at = torch.arange(keys)[None]
+        key_at[:, 70:] = -1
+        held = (key[:, :, :keys].contiguous(), value[:, :, :keys].contiguous())
+        found.append(kernel_output((query, *held, torch.tensor([[69]]), key_at, *rest), decode))
+    assert all(torch.equal(one, found[0]) for one in found)
 
 
 @pytest.mark.parametrize(("window", "softcap", "with_sinks"), itertools.product([0, 5], [0.0, 30.0], [False, True]))

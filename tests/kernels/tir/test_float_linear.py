@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernels.tir.running import nowhere, run, size
+from kernels.tir.running import compiled, nowhere, run, size
 from torch.nn import functional
 
 from graphwright.kernels.tir import tiles
@@ -13,6 +13,7 @@ from graphwright.ops import quantized_linear
 from graphwright.rounding import quantize
 from graphwright.scheme import Scheme
 
+LEAD = (size("batch"), size("sequence"))
 LAYERS = [
     # N, K, format, group, asymmetric, bias, residual, activation
     (48, 64, "float32", 64, False, False, False, ""),
@@ -27,8 +28,8 @@ LAYERS = [
 ]
 
 
-def check(rows: int, case: tuple, lanes: int) -> float:
-    """Relative error of a kernel against the op."""
+def made(rows: int, case: tuple) -> tuple[Linear, list[torch.Tensor], torch.Tensor]:
+    """A layer, the arguments of its kernel, and what the op makes of them."""
     outputs, width, format, group, asymmetric, with_bias, with_residual, activation = case
     weight, bias = torch.randn(outputs, width), torch.randn(outputs) if with_bias else None
     x = torch.randn(1, rows, width)
@@ -51,9 +52,14 @@ def check(rows: int, case: tuple, lanes: int) -> float:
         expected = expected + arguments[-1]
     scale_dtype = "" if format == "float32" else "float16"
     layer = Linear(outputs, width, format, group, asymmetric, scale_dtype, with_bias, with_residual, activation)
+    return layer, arguments, expected
+
+
+def check(rows: int, case: tuple, lanes: int) -> float:
+    """Relative error of a kernel against the op."""
+    layer, arguments, expected = made(rows, case)
     out = nowhere(1, rows, layer.width)
-    lead = (size("batch"), size("sequence"))
-    run(vector(layer, lanes, (1, 1)) if rows == 1 else matrix(layer, lanes, lead), *arguments, out)
+    run(vector(layer, lanes, (1, 1)) if rows == 1 else matrix(layer, lanes, LEAD), *arguments, out)
     return relative_error(out, expected)
 
 
@@ -75,3 +81,22 @@ def test_narrower_vectors_equal_the_reference(lanes):
 def test_more_rows_than_a_task_takes():
     for case in (LAYERS[0], LAYERS[5]):
         assert check(261, case, 16) < 2e-6
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+@pytest.mark.parametrize("rows", [2, 3, 8])
+def test_a_row_is_the_same_to_the_bit_alone_and_in_company(case, rows):
+    """So verifying guesses, or decoding several sequences at once, changes no token."""
+    torch.manual_seed(0)
+    layer, arguments, _ = made(rows, case)
+    together, alone = (nowhere(1, rows, layer.width) for _ in range(2))
+    run(matrix(layer, 16, LEAD), *arguments, together)
+    by_itself = compiled(vector(layer, 16, (1, 1)))
+    for row in range(rows):
+        own = [arguments[0][:, row : row + 1].contiguous(), *arguments[1:]]
+        if layer.residual:
+            own[-1] = own[-1][:, row : row + 1].contiguous()
+        out = nowhere(1, 1, layer.width)
+        by_itself(*own, out)
+        alone[:, row : row + 1] = out
+    assert torch.equal(together, alone)

@@ -8,7 +8,7 @@ import torch
 import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.tir.running import HOST, code_rows, nowhere, run, size
+from kernels.tir.running import HOST, code_rows, compiled, nowhere, run, size
 from torch.nn import functional
 
 from graphwright import packing
@@ -24,6 +24,7 @@ from graphwright.scheme import Scheme
 
 HERE = [isa for isa in ISAS if isa.needs <= set(HOST.features)]
 
+LEAD = (size("batch"), size("sequence"))
 LAYERS = [
     # N, K, format, group, asymmetric, bias, residual, activation
     (48, 64, "int4", 32, True, False, False, ""),
@@ -41,8 +42,8 @@ LAYERS = [
 ]
 
 
-def check(rows: int, case: tuple, isa: Isa) -> float:
-    """Relative error of a kernel against the op on the same codes."""
+def made(rows: int, case: tuple) -> tuple[Linear, list[torch.Tensor], torch.Tensor]:
+    """A layer, the arguments of its kernel, and what the op makes of them on the same codes."""
     outputs, width, format, group, asymmetric, with_bias, with_residual, activation, *shared = case
     code_group = shared[0] if shared else 0
     scheme = Scheme(format=format, group_size=group, symmetric=not asymmetric)
@@ -66,9 +67,14 @@ def check(rows: int, case: tuple, isa: Isa) -> float:
     if with_residual:
         arguments.append(torch.randn_like(expected))
         expected = expected + arguments[-1]
+    return layer, arguments, expected
+
+
+def check(rows: int, case: tuple, isa: Isa) -> float:
+    """Relative error of a kernel against the op."""
+    layer, arguments, expected = made(rows, case)
     out = nowhere(1, rows, layer.width)
-    lead = (size("batch"), size("sequence"))
-    run(vector(layer, isa, (1, 1)) if rows == 1 else matrix(layer, isa, lead), *arguments, out)
+    run(vector(layer, isa, (1, 1)) if rows == 1 else matrix(layer, isa, LEAD), *arguments, out)
     return relative_error(out, expected)
 
 
@@ -134,3 +140,22 @@ def test_the_best_instruction_set_is_chosen():
     assert choose(["avx2", "fma"]).name == "avx2"
     assert choose(["asimd"]).name == "generic"
     assert choose(["asimd", "asimddp"]).name == "asimddp"
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+@pytest.mark.parametrize("rows", [2, 3, 8])
+def test_a_row_is_the_same_to_the_bit_alone_and_in_company(case, rows):
+    """So verifying guesses, or decoding several sequences at once, changes no token."""
+    torch.manual_seed(0)
+    layer, arguments, _ = made(rows, case)
+    together, alone = (nowhere(1, rows, layer.width) for _ in range(2))
+    run(matrix(layer, HERE[0], LEAD), *arguments, together)
+    by_itself = compiled(vector(layer, HERE[0], (1, 1)))
+    for row in range(rows):
+        own = [arguments[0][:, row : row + 1].contiguous(), *arguments[1:]]
+        if layer.residual:
+            own[-1] = own[-1][:, row : row + 1].contiguous()
+        out = nowhere(1, 1, layer.width)
+        by_itself(*own, out)
+        alone[:, row : row + 1] = out
+    assert torch.equal(together, alone)
