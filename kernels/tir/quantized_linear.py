@@ -41,7 +41,7 @@ from graphwright.kernels.tir.tiles import CHUNK, ROWS, STEP, unsigned_zero
 TILE_BLOCK = amx.BLOCK * ROWS
 """Rows of activations multiplied at a time in tile registers."""
 
-FEW = (2, 4, 8)
+FEW = (4, 8)
 """Numbers of rows that a stream of the weight is multiplied with at once; each has code of its own."""
 
 DEFAULT = Schedule()
