@@ -15,8 +15,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -103,9 +105,10 @@ def main() -> None:
         print(json.dumps(rows, indent=1))
         return
     title = f"{arguments.threads} threads, batch 1, medians of {arguments.rounds} rounds; "
-    table = Table(title=f"{title}memory reads {bandwidth / 1e9:.1f} GB/s")
+    layout: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
+    table = Table(title=f"{title}memory reads {bandwidth / 1e9:.1f} GB/s", **layout)
     for column in rows[0]:
-        table.add_column(column, justify="left" if column == "peer" else "right")
+        table.add_column(column, justify="left" if column == "peer" else "right", no_wrap=column == "peer")
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
     Console().print(table)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -42,8 +43,9 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=5)
     arguments = parser.parse_args()
-    table = Table(title=f"{arguments.threads} threads, a prompt of {arguments.prompt_tokens} tokens; medians")
-    table.add_column("artifact")
+    title = f"{arguments.threads} threads, a prompt of {arguments.prompt_tokens} tokens; medians"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("artifact", no_wrap=True)
     rows = {path: measured(path, arguments) for path in arguments.artifacts}
     for column in next(iter(rows.values())):
         table.add_column(column, justify="right")
