@@ -131,6 +131,12 @@ class UnitPruner(Pass):
         ]
 
 
+def removed_to_multiple(units: int, ratio: float, multiple: int) -> int:
+    """At most this part of so many units, such that a multiple of a number stays."""
+    stay = units - int(ratio * units + 1e-9)
+    return units - min(units, -(-stay // multiple) * multiple)
+
+
 def taylor(program: Program, batches: list[dict[str, Tensor]], groups: list[Group], context: Context) -> list[Tensor]:
     """|sum of w * dL/dw| over the weights of each unit, L the mean loss of the next token (LLM-Pruner, vector-wise).
 

@@ -26,6 +26,7 @@ from graphwright.pass_ import Context, Paper, Pass, PassResult
 from graphwright.passes.moe._raised import MoeLayer, changed, expert_outputs, moe_layers, observe, stored
 from graphwright.program import Program
 from graphwright.rewrite import Editor
+from graphwright.unit_pruner import removed_to_multiple
 
 COMPARED_ROWS = 64
 """Calibration tokens on which the error of a layer is measured."""
@@ -110,8 +111,7 @@ class PruneExpertChannels(Pass):
 
     def _removed(self, width: int) -> int:
         """How many of an expert's channels go."""
-        stay = width - int(self.ratio * width + 1e-9)
-        return width - min(width, -(-stay // self.multiple) * self.multiple)
+        return removed_to_multiple(width, self.ratio, self.multiple)
 
     def _kept(self, scores: Tensor) -> Tensor:
         """The channels that stay, in order: int64 [E, F'], from scores [E, F]."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from graphwright.dependency import Group, channel_groups
 from graphwright.pass_ import Paper
 from graphwright.program import Program
-from graphwright.unit_pruner import UnitPruner
+from graphwright.unit_pruner import UnitPruner, removed_to_multiple
 
 
 class PruneChannels(UnitPruner):
@@ -28,5 +28,4 @@ class PruneChannels(UnitPruner):
 
     def removed(self, units: int) -> int:
         """So many that a multiple stays, and never more than the ratio."""
-        stay = units - super().removed(units)
-        return units - min(units, -(-stay // self.multiple) * self.multiple)
+        return removed_to_multiple(units, self.ratio, self.multiple)

@@ -9,6 +9,7 @@ from tvm import tirx
 
 from graphwright.backends.tvm.machine import tvm_target
 from graphwright.kernels.tir.emit import Layout
+from graphwright.kernels.tir.linear import Linear
 from graphwright.kernels.tir.quantize import CodeRow
 from graphwright.target import Target
 
@@ -26,6 +27,18 @@ def compiled(function: tirx.PrimFunc) -> Callable[..., None]:
 def run(function: tirx.PrimFunc, *tensors: torch.Tensor) -> None:
     """Compiles the kernel and calls it; outputs are among the arguments."""
     compiled(function)(*tensors)
+
+
+def one_by_one(function: tirx.PrimFunc, layer: Linear, tensors: list[torch.Tensor], rows: int) -> torch.Tensor:
+    """What a linear kernel for one row makes of each row of its first tensor, and of the residual, its last one."""
+    call, made = compiled(function), []
+    for row in range(rows):
+        own = [tensors[0][:, row : row + 1].contiguous(), *tensors[1:]]
+        if layer.residual:
+            own[-1] = own[-1][:, row : row + 1].contiguous()
+        made.append(nowhere(1, 1, layer.width))
+        call(*own, made[-1])
+    return torch.cat(made, 1)
 
 
 def size(name: str) -> tirx.Var:

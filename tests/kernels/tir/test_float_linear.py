@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernels.tir.running import compiled, nowhere, run, size
+from kernels.tir.running import nowhere, one_by_one, run, size
 from torch.nn import functional
 
 from graphwright.kernels.tir import tiles
@@ -89,14 +89,7 @@ def test_a_row_is_the_same_to_the_bit_alone_and_in_company(case, rows):
     """So verifying guesses, or decoding several sequences at once, changes no token."""
     torch.manual_seed(0)
     layer, arguments, _ = made(rows, case)
-    together, alone = (nowhere(1, rows, layer.width) for _ in range(2))
+    together = nowhere(1, rows, layer.width)
     run(matrix(layer, 16, LEAD), *arguments, together)
-    by_itself = compiled(vector(layer, 16, (1, 1)))
-    for row in range(rows):
-        own = [arguments[0][:, row : row + 1].contiguous(), *arguments[1:]]
-        if layer.residual:
-            own[-1] = own[-1][:, row : row + 1].contiguous()
-        out = nowhere(1, 1, layer.width)
-        by_itself(*own, out)
-        alone[:, row : row + 1] = out
+    alone = one_by_one(vector(layer, 16, (1, 1)), layer, arguments, rows)
     assert torch.equal(together, alone)

@@ -8,7 +8,7 @@ import torch
 import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels.tir.running import HOST, code_rows, compiled, nowhere, run, size
+from kernels.tir.running import HOST, code_rows, nowhere, one_by_one, run, size
 from torch.nn import functional
 
 from graphwright import packing
@@ -148,14 +148,7 @@ def test_a_row_is_the_same_to_the_bit_alone_and_in_company(case, rows):
     """So verifying guesses, or decoding several sequences at once, changes no token."""
     torch.manual_seed(0)
     layer, arguments, _ = made(rows, case)
-    together, alone = (nowhere(1, rows, layer.width) for _ in range(2))
+    together = nowhere(1, rows, layer.width)
     run(matrix(layer, HERE[0], LEAD), *arguments, together)
-    by_itself = compiled(vector(layer, HERE[0], (1, 1)))
-    for row in range(rows):
-        own = [arguments[0][:, row : row + 1].contiguous(), *arguments[1:]]
-        if layer.residual:
-            own[-1] = own[-1][:, row : row + 1].contiguous()
-        out = nowhere(1, 1, layer.width)
-        by_itself(*own, out)
-        alone[:, row : row + 1] = out
+    alone = one_by_one(vector(layer, HERE[0], (1, 1)), layer, arguments, rows)
     assert torch.equal(together, alone)
