@@ -213,7 +213,9 @@ def compiled(label: str, folder: Path, arguments: argparse.Namespace) -> dict[st
         Console().print(f"compiling {label}")
         options = CompileOptions(verify=False, calibration_samples=arguments.samples, calibration_length=256)
         one = graphwright.compile(demo_model(), {"passes": recipes()[label]}, "cpu", options=options)
-        text = Tokenizer(open_model(demo_model()).tokenizer_directory).encode(accuracy.built_in_text(held_out=True))
+        # The tokenizer's files go when the source does.
+        source = open_model(demo_model())
+        text = Tokenizer(source.tokenizer_directory).encode(accuracy.built_in_text(held_out=True))
         windows = accuracy.token_windows(text, 256, arguments.windows)
         facts = {
             "backend": one.backend,
