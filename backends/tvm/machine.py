@@ -6,6 +6,7 @@ from graphwright.target import Target
 
 MATTR = {
     "amx_int8": "+amx-int8",
+    "amx_bf16": "+amx-bf16",
     "avx512_vnni": "+avx512vnni",
     "avx_vnni": "+avxvnni",
     "asimddp": "+dotprod",

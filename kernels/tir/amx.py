@@ -17,6 +17,9 @@ from graphwright.kernels.tir.tiles import ROWS
 BLOCK = 2
 """Tile rows, of 16 activations each, and weight tiles that one block multiplies: all eight registers."""
 
+TILE = 16
+"""Rows of a register, and 32-bit words of one of its rows."""
+
 MOST = 64
 """Codes along K in one register."""
 
@@ -65,15 +68,39 @@ def load_weights(part: int, weights: Flat, offset: Index) -> None:
 
 def multiply(*, signed_weights: bool) -> None:
     """Adds all products of the loaded codes and weights to the sums."""
-    for row in range(BLOCK):
-        for column in range(BLOCK):
-            registers = (row * BLOCK + column, BLOCK * BLOCK + row, BLOCK * BLOCK + BLOCK + column)
-            _emit("tdpbssd" if signed_weights else "tdpbsud", *map(_register, registers))
+    _multiply("tdpbssd" if signed_weights else "tdpbsud")
 
 
 def store(row: int, column: int, sums: Flat) -> None:
     """The sums of 16 rows and 16 outputs, as int32 [16, 16]."""
-    _emit("tilestored64", _register(row * BLOCK + column), tirx.address_of(sums.buffer[0]), _stride(4 * ROWS))
+    store_at(row, column, sums, 0, 4 * ROWS)
+
+
+def store_at(row: int, column: int, target: Flat, offset: Index, stride: int) -> None:
+    """Sums into lines of 16 that begin at an element and lie `stride` bytes apart."""
+    _emit("tilestored64", _register(row * BLOCK + column), tirx.address_of(target.buffer[offset]), _stride(stride))
+
+
+def load_left(part: int, words: Flat, offset: Index) -> None:
+    """A left operand of bfloat16 pairs, 16 rows of 16 words that lie one after the other."""
+    _load(BLOCK * BLOCK + part, words, offset, 4 * TILE)
+
+
+def load_right(part: int, words: Flat, offset: Index) -> None:
+    """A right operand of bfloat16 pairs."""
+    _load(BLOCK * BLOCK + BLOCK + part, words, offset, 4 * TILE)
+
+
+def multiply_halves() -> None:
+    """Adds all products of the loaded bfloat16 operands to the sums, which are float32."""
+    _multiply("tdpbf16ps")
+
+
+def _multiply(instruction: str) -> None:
+    for row in range(BLOCK):
+        for column in range(BLOCK):
+            registers = (row * BLOCK + column, BLOCK * BLOCK + row, BLOCK * BLOCK + BLOCK + column)
+            _emit(instruction, *map(_register, registers))
 
 
 def _load(register: int, source: Flat, offset: Index, stride: Index) -> None:

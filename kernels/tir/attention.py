@@ -97,7 +97,7 @@ class Operands:
     value_scale: Layout | None = None
 
 
-class _Buffers:
+class Buffers:
     """The kernel's arguments, in the order in which it takes them."""
 
     def __init__(self, k: Kernel, a: Attention, o: Operands, parts: int) -> None:
@@ -152,7 +152,7 @@ def decode(a: Attention, o: Operands, parts: int) -> tirx.PrimFunc:
     """The kernel for one query per sequence; writes out [B, 1, H, Dv] and scratch [B, Hkv, parts, group, Dv + 2]."""
     batch = o.query.shape[0]
     with kernel("attention_decode") as k:
-        b = _Buffers(k, a, o, parts)
+        b = Buffers(k, a, o, parts)
         with parallel(batch * (a.kv_heads * parts)) as task:
             row = let(task // (a.kv_heads * parts))
             head, part = let(task // parts % a.kv_heads), let(task % parts)
@@ -163,26 +163,26 @@ def decode(a: Attention, o: Operands, parts: int) -> tirx.PrimFunc:
     return k.function
 
 
-def _blocks_of(b: _Buffers, part: Any, parts: int) -> tuple[Any, int, Any]:
+def _blocks_of(b: Buffers, part: Any, parts: int) -> tuple[Any, int, Any]:
     """The first block of keys of a part, how far its blocks are apart, and their number."""
     blocks = ceil_div(b.o.key.shape[2], KEYS)
     return part, parts, let(ceil_div(blocks - part, parts))
 
 
 @contextmanager
-def _if_seen(b: _Buffers, row: Any, start: Any, query_position: Any) -> Iterator[Flat]:
+def _if_seen(b: Buffers, row: Any, start: Any, query_position: Any) -> Iterator[Flat]:
     """Positions of a block of keys from `start` on; what is emitted runs if window and chunk let the query see any."""
     positions = b.key_positions(row, start, KEYS)
     if not b.a.window and not b.a.chunk:
         yield positions
         return
-    smallest, largest = _range(positions, KEYS)
-    near = _near_range(b.a, smallest, largest, query_position, query_position)
+    smallest, largest = key_range(positions, KEYS)
+    near = near_range(b.a, smallest, largest, query_position, query_position)
     with T.If(tirx.And(largest >= tirx.const(0, "int32"), near)), T.Then():
         yield positions
 
 
-def _range(positions: Flat, lanes: int) -> tuple[Any, Any]:
+def key_range(positions: Flat, lanes: int) -> tuple[Any, Any]:
     """Smallest position that is not padding, and largest of all."""
     keys = positions.vec(0, lanes)
     low = tirx.Select(keys >= integer(0, lanes), keys, integer(2**31 - 1, lanes))
@@ -192,7 +192,7 @@ def _range(positions: Flat, lanes: int) -> tuple[Any, Any]:
 
 
 def _decode_part(
-    b: _Buffers, row: Any, place: Any, head: Any, share: tuple[Any, int, Any], held: Flat, line: Any
+    b: Buffers, row: Any, place: Any, head: Any, share: tuple[Any, int, Any], held: Flat, line: Any
 ) -> None:
     """One query's share of the blocks of keys, for the query heads of one key-value head.
 
@@ -245,9 +245,9 @@ def _decode_part(
             slope = splat(b.slopes[head * a.group + g], KEYS) if b.slopes is not None else None
             key_vec = let(positions.vec(0, KEYS))
             distance = key_vec - splat(query_position, KEYS)
-            seen = _visible(a, splat(query_position, KEYS), key_vec, KEYS)
+            seen = visible(a, splat(query_position, KEYS), key_vec, KEYS)
             dots = weights.vec(0, KEYS) if key_scales is None else weights.vec(0, KEYS) * key_scales.vec(0, KEYS)
-            score = let(tirx.Select(seen, _score(a, dots, distance, slope, KEYS), constant(LOWEST, KEYS)))
+            score = let(tirx.Select(seen, score_of(a, dots, distance, slope, KEYS), constant(LOWEST, KEYS)))
             top = let(T.max(best[g], reduce_max(score, KEYS)))
             fade = exp(best[g] - top, 1)
             weight = let(tirx.Select(seen, exp(score - splat(top, KEYS), KEYS), constant(0.0, KEYS)))
@@ -280,7 +280,7 @@ def _floats(buffer: Flat, rows: list[Any], width: int) -> tuple[Flat, list[Any]]
     return made, [i * width for i in range(len(rows))]
 
 
-def _merge(b: _Buffers, row: Any, place: Any, head: Any, parts: int, held: Flat, group: Any) -> None:
+def _merge(b: Buffers, row: Any, place: Any, head: Any, parts: int, held: Flat, group: Any) -> None:
     """The output of one head of a query from the parts that its keys were cut into.
 
     Args:
@@ -318,16 +318,16 @@ def prefill(a: Attention, o: Operands, parts: int) -> tirx.PrimFunc:
     """The kernel for any number of queries; writes out [B, S, H, Dv]. `parts` are those of `decode`."""
     batch, _, length, _ = o.query.shape
     with kernel("attention_prefill") as k:
-        b = _Buffers(k, a, o, 0)
+        b = Buffers(k, a, o, 0)
         with T.If(length <= tirx.const(FEW, "int64")):
             with T.Then():
-                _one_by_one(b, batch, length, parts)
+                one_by_one(b, batch, length, parts)
             with T.Else():
                 _prefill_tasks(b, batch, let(length * a.group))
     return k.function
 
 
-def _one_by_one(b: _Buffers, batch: Any, length: Any, parts: int) -> None:
+def one_by_one(b: Buffers, batch: Any, length: Any, parts: int) -> None:
     """Every query and key-value head is a task, which goes through all parts of the keys."""
     a = b.a
     with T.parallel(0, batch * length * a.kv_heads) as task:
@@ -340,7 +340,7 @@ def _one_by_one(b: _Buffers, batch: Any, length: Any, parts: int) -> None:
             _merge(b, row, place, let(head * a.group + g), parts, held, 0)
 
 
-def _prefill_tasks(b: _Buffers, batch: Any, rows: Any) -> None:
+def _prefill_tasks(b: Buffers, batch: Any, rows: Any) -> None:
     blocks = let(ceil_div(rows, 16 * VECTORS))
     kv_heads = b.a.kv_heads
     with T.parallel(0, batch * kv_heads * blocks) as task:
@@ -351,7 +351,7 @@ def _prefill_tasks(b: _Buffers, batch: Any, rows: Any) -> None:
 class _RowBlock:
     """Rows that one task computes: consecutive (query, head) pairs of one key-value head, across vector lanes."""
 
-    def __init__(self, b: _Buffers, sequence: Any, head: Any, first: Any, rows: Any) -> None:
+    def __init__(self, b: Buffers, sequence: Any, head: Any, first: Any, rows: Any) -> None:
         self.b, self.a, self.o = b, b.a, b.o
         self.sequence, self.head, self.first, self.rows = sequence, head, first, rows
         self.vectors, self.width = VECTORS, 16 * VECTORS
@@ -406,12 +406,12 @@ class _RowBlock:
     def _worth_it(self, positions: Flat) -> Any:
         """Whether any row can see any key of the block, by the ranges of their positions."""
         a = self.a
-        smallest, largest = _range(positions, KEY_BLOCK)
+        smallest, largest = key_range(positions, KEY_BLOCK)
         some = largest >= tirx.const(0, "int32")
         if a.causal:
             reach = smallest <= self.range[1]
             some = tirx.And(some, tirx.Or(reach, smallest < tirx.const(a.prefix, "int32")) if a.prefix else reach)
-        near = _near_range(a, smallest, largest, self.range[0], self.range[1])
+        near = near_range(a, smallest, largest, self.range[0], self.range[1])
         return some if near is None else tirx.And(some, near)
 
     def _scores(self, start: Any) -> None:
@@ -452,8 +452,8 @@ class _RowBlock:
             with loop(KEY_BLOCK) as key:
                 place = let(key * self.width + at)
                 position = let(splat(positions[key]))
-                score = _score(self.a, self.weights.vec(place), position - rows, slope, 16)
-                score = let(tirx.Select(_visible(self.a, rows, position, 16), score, constant(LOWEST, 16)))
+                score = score_of(self.a, self.weights.vec(place), position - rows, slope, 16)
+                score = let(tirx.Select(visible(self.a, rows, position, 16), score, constant(LOWEST, 16)))
                 self.weights.put(place, score)
                 top.put(0, T.max(top.vec(0), score))
             best = let(top.vec(0))
@@ -518,7 +518,7 @@ class _RowBlock:
                 self.b.out.put(target + d, self.values[d * self.width + i] * factor, 1)
 
 
-def _score(a: Attention, product: Any, distance: Any, slope: Any, lanes: int) -> Any:
+def score_of(a: Attention, product: Any, distance: Any, slope: Any, lanes: int) -> Any:
     """A scaled product with softcap and alibi; `distance` is key minus query position."""
     score = product
     if a.softcap:
@@ -528,7 +528,7 @@ def _score(a: Attention, product: Any, distance: Any, slope: Any, lanes: int) ->
     return score
 
 
-def _visible(a: Attention, query: Any, key: Any, lanes: int) -> Any:
+def visible(a: Attention, query: Any, key: Any, lanes: int) -> Any:
     """Which keys rows may see, by the rule of `graphwright.ops.attention`."""
     conditions: list[Any] = [key >= integer(0, lanes), query >= integer(0, lanes)]
     if a.causal:
@@ -548,7 +548,7 @@ def _visible(a: Attention, query: Any, key: Any, lanes: int) -> Any:
     return _all(conditions + near)
 
 
-def _near_range(a: Attention, smallest: Any, largest: Any, first: Any, last: Any) -> Any:
+def near_range(a: Attention, smallest: Any, largest: Any, first: Any, last: Any) -> Any:
     """Whether window and chunk let a query from `first` to `last` see a key from `smallest` to `largest`.
 
     Never too few. Scalars; a block of the window lies within as many single positions.

@@ -106,7 +106,7 @@ VNNI = Isa(
 )
 
 ISAS = (
-    replace(VNNI, name="amx_int8", needs=VNNI.needs | {"amx_int8"}, tiles=True),
+    replace(VNNI, name="amx", needs=VNNI.needs | {"amx_int8", "amx_bf16"}, tiles=True),
     VNNI,
     Isa("avx_vnni", frozenset({"avx_vnni", "avx2"}), 8, _intrinsic("llvm.x86.avx512.vpdpbusd.256"), **_HALF),
     Isa("avx512bw", frozenset({"avx512bw"}), 16, _by_words("llvm.x86.avx512.pmaddw.d.512"), **_WIDE),

@@ -61,7 +61,7 @@ def test_a_faster_candidate_wins_and_a_slower_one_does_not(monkeypatch):
 
 
 def test_choices_that_make_no_difference_are_left_out():
-    tiles, vectors = (choose(["avx512bw", "avx512_vnni", *more]) for more in (["amx_int8"], []))
+    tiles, vectors = (choose(["avx512bw", "avx512_vnni", *more]) for more in (["amx_int8", "amx_bf16"], []))
     long, short = Linear(64, 64, "int8", 64), Linear(64, 64, "int8", 8)
     assert amx.depth(code_row(short).group_size) == 0
     offered = [len(list(tuning.steps(*case))) for case in ((long, tiles), (short, tiles), (long, vectors))]

@@ -97,7 +97,9 @@ def test_more_rows_than_a_task_takes():
     assert check(261, LAYERS[0], choose(HOST.features)) < 2e-6
 
 
-@pytest.mark.parametrize(("features", "instruction"), [((), "vpdpbusd"), (("amx_int8",), "tdpbs[su]d")], ids=str)
+@pytest.mark.parametrize(
+    ("features", "instruction"), [((), "vpdpbusd"), (("amx_int8", "amx_bf16"), "tdpbs[su]d")], ids=str
+)
 def test_machine_code_holds_the_dot_product_of_its_instruction_set(features, instruction):
     """Compiled for machines that need not be this one."""
     target = replace(HOST, arch="x86_64", features=("avx2", "fma", "avx512bw", "avx512_vnni", *features))
@@ -136,7 +138,7 @@ def test_tiles_are_a_bit_exact_round_trip(format, rows, groups, steps, seed):
 
 def test_the_best_instruction_set_is_chosen():
     assert choose(["avx2", "fma", "avx512bw", "avx512_vnni"]).name == "avx512_vnni"
-    assert choose(["avx512bw", "avx512_vnni", "amx_int8"]).name == "amx_int8"
+    assert choose(["avx512bw", "avx512_vnni", "amx_int8", "amx_bf16"]).name == "amx"
     assert choose(["avx2", "fma"]).name == "avx2"
     assert choose(["asimd"]).name == "generic"
     assert choose(["asimd", "asimddp"]).name == "asimddp"
