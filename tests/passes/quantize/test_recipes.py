@@ -15,7 +15,7 @@ from graphwright.numerics import mean_kl
 from graphwright.recipe import Recipe, presets
 
 NEW = (
-    "fp8", "int3-gptq", "int3-spqr", "int4-awq", "int4-gptq", "llm-int8", "nf4", "w4a4-quarot", "w4a8-quarot",
+    "fp8", "int3-gptq", "int3-spqr", "int4-awq", "int4-gptq", "llm-int8", "nf4", "w4a4-quarot", "w4a8-gptq", "w4a8-quarot",
     "w8a8-smoothquant", "w8a8-zeroquant",
 )  # fmt: skip
 
