@@ -11,8 +11,10 @@ and weights (transformers' eager experts), and a block with a linear router and 
 Switch's, whose experts may have a capacity.
 """
 
+import copy
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,6 +31,9 @@ from graphwright.ops.moe_routing import SCORING
 
 EQUAL_TOKENS = 521
 """Equal tokens that a loop must not drop any of, unless its experts have a capacity. A prime: no whole shares."""
+
+SMALL_COUNT, SMALL_WIDTH = 4, 8
+"""Experts, and the unit of widths, of a copy on which a module of stacked weights is recognised."""
 
 LARGEST_CROWD = 1 << 13
 """A capacity that would take more equal tokens to be seen is not looked for."""
@@ -123,7 +128,72 @@ def _as_called(module: nn.Module, function: Callable[..., Any]) -> Callable[...,
 # A module of stacked weights
 
 
+@dataclass(frozen=True)
+class StackedExperts:
+    """What a module of two stacks of weights computes: the MLP of `graphwright.ops.experts`.
+
+    Attributes:
+        up: name of the parameter [E, 2F, K], or [E, F, K] where not `gated`; the gate's rows first.
+        down: name of the parameter [E, N, F].
+        activation: as `experts` takes it, like the rest.
+        gated: whether the first product has a gate.
+        alpha: of a clamped gate.
+        limit: of a clamped gate.
+        order: the places of tokens, choices and shares among the arguments of its forward.
+    """
+
+    up: str
+    down: str
+    activation: str
+    gated: bool
+    alpha: float
+    limit: float
+    order: tuple[int, ...]
+
+
+def stacked_experts(module: nn.Module) -> StackedExperts | None:
+    """The meaning of a module of stacked weights without biases; None if it computes something else.
+
+    It is found on a small copy with random weights, so the module's own may lie on the meta device.
+    """
+    if not all(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
+        return None
+    small = _small_copy(module)
+    with torch.no_grad():
+        found = _read_stack(small)
+    if found is None or found[0].flipped or found[0].interleaved:
+        return None
+    mlp, order = found
+    names = {id(parameter): name for name, parameter in small.named_parameters(recurse=False)}
+    middle = (mlp.activation, mlp.gated, mlp.alpha, mlp.limit)
+    return StackedExperts(names[id(mlp.up)], names[id(mlp.down)], *middle, order)
+
+
+def _small_copy(module: nn.Module) -> nn.Module:
+    """The module with few experts and short rows: every width is divided by what divides them all."""
+    own = dict(module.named_parameters(recurse=False))
+    counts = {int(parameter.shape[0]) for parameter in own.values()}
+    widths = {int(size) for parameter in own.values() for size in parameter.shape[1:]}
+    divisor = math.gcd(*widths)
+    smaller = {width: width // divisor * SMALL_WIDTH for width in widths}
+    known = smaller | dict.fromkeys(counts, SMALL_COUNT)
+    generator = torch.Generator().manual_seed(0)
+    small = copy.copy(module)
+    vars(small).update({name: known.get(value, value) for name, value in vars(module).items() if type(value) is int})
+    small._parameters = {}
+    for name, parameter in own.items():
+        shape = (SMALL_COUNT, *(smaller[int(size)] for size in parameter.shape[1:]))
+        small._parameters[name] = nn.Parameter(torch.randn(shape, generator=generator), requires_grad=False)
+    return small
+
+
 def _stacked(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]] | None:
+    found = _read_stack(module)
+    return None if found is None else (_stack_forward(*found), {})
+
+
+def _read_stack(module: nn.Module) -> tuple[_Mlp, tuple[int, ...]] | None:
+    """The MLP of a module of stacked weights, and where its forward takes tokens, choices and shares."""
     own = dict(module.named_parameters(recurse=False))
     stacks = {name: p for name, p in own.items() if p.dim() == 3}
     biases = {name: p for name, p in own.items() if p.dim() == 2}
@@ -141,7 +211,7 @@ def _stacked(module: nn.Module) -> tuple[Callable[..., Any], dict[str, Tensor]] 
                 mlp = replace(_Mlp(up, bias[0], down, bias[1], *kind), flipped=flip)
                 for order in ((0, 1, 2), (0, 2, 1)):
                     if _same_stack(module, mlp, order):
-                        return _stack_forward(mlp, order), {}
+                        return mlp, order
     return None
 
 

@@ -8,7 +8,8 @@ generation_config.json, tokenizer files
 manifest.json             versions, recipe, and the size and SHA-256 of every file
 
 The model's own modules are written: passes that merge layers or add caches are left out, and so are codes for the
-vocabulary head and the token embedding, which the readers keep in floating point. `transformers` needs the package
+vocabulary head and the token embedding, which the readers keep in floating point. Experts are written one by one, see
+`experts`. `transformers` needs the package
 `compressed-tensors` for reading: a version before 0.18, since later ones lose the zero points of packed codes when
 `transformers` loads them without `dequantize=True`. vLLM reads them itself.
 
@@ -30,6 +31,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from graphwright import ops, packing
+from graphwright.backends.compressed_tensors.experts import (
+    TARGETS,
+    buffers,
+    empty_model,
+    stacks_in_codes,
+    stored_names,
+    write_experts,
+)
 from graphwright.backends.compressed_tensors.layers import CARRIED, Written, write_layer
 from graphwright.contract import DTYPES
 from graphwright.errors import BackendError, RecipeError
@@ -43,10 +52,10 @@ from graphwright.recipe import Recipe
 from graphwright.scheme import LayerOptions
 from graphwright.weight_quantizer import WeightQuantizer
 
-LEFT_OUT = {"merged_linear", "kv_cache", "selected_logits", "experts"}
+LEFT_OUT = {"merged_linear", "kv_cache", "selected_logits"}
 """Properties whose passes are not run: they change how the model is laid out, not its numbers."""
 
-BESIDE = ("smoothquant", "activations", "magnitude", "wanda", "sparsegpt")
+BESIDE = ("experts", "smoothquant", "activations", "magnitude", "wanda", "sparsegpt")
 """Passes that do not round weights, and whose results are the model's own tensors and a rounding of inputs."""
 
 CARRIES = f"It carries weights in {', '.join(CARRIED)} with zero points in codes, and {', '.join(BESIDE)}"
@@ -102,14 +111,20 @@ class CompressedTensors(Format):
         program, origin, directory = export.program, export.origin, export.directory
         if export.config is None:
             raise BackendError("Only models of transformers have a config.json to write", fix="Give such a model")
-        _refuse_experts(program, origin)
-        dtype = DTYPES[export.options.dtype]
-        layers = _layers(program, origin, dtype)
-        tensors = {f"{one.module}.{name}": t for one in layers for name, t in one.tensors.items()}
-        tensors.update(_floats(program, origin, {one.module for one in layers}, dtype))
+        _refuse_stacks(program, origin)
+        dtype, stacks = DTYPES[export.options.dtype], stacks_in_codes(program)
+        layers, mixture = _layers(program, origin, dtype), list[Written]()
+        floats = _floats(program, origin, {one.module for one in layers}, set(stacks), dtype)
+        if stacks:
+            model = empty_model(origin.class_name, export.config)
+            floats |= buffers(program, model)
+            plain, names = stored_names(model, floats, stacks)
+            mixture = write_experts(program, names, dtype)
+            floats = {plain[name]: tensor for name, tensor in floats.items()}
+        tensors = {f"{one.module}.{name}": t for one in (*layers, *mixture) for name, t in one.tensors.items()}
         export.progress("write", 0.8)
-        save_file(unshared(tensors), directory / "model.safetensors", {"format": "pt"})
-        groups, ignore = _groups(layers, origin)
+        save_file(unshared(tensors | floats), directory / "model.safetensors", {"format": "pt"})
+        groups, ignore = _groups(layers, mixture, origin)
         described = {
             # A model that was built from its class alone does not know what it is called.
             "architectures": [origin.class_name],
@@ -121,7 +136,7 @@ class CompressedTensors(Format):
             _write_json(directory / "generation_config.json", origin.generation_config)
         if export.tokenizer is not None:
             shutil.copytree(export.tokenizer, directory, dirs_exist_ok=True)
-        return {"layers": len(layers), "groups": len(groups)}
+        return {"layers": len(layers) + len(mixture), "groups": len(groups)}
 
     def verify(self, export: Export) -> Verified:
         """Loads what was written with `transformers` and compares the logits.
@@ -209,8 +224,10 @@ def _layers(program: Program, origin: Origin, dtype: torch.dtype) -> list[Writte
     return list(found.values())
 
 
-def _floats(program: Program, origin: Origin, quantized: set[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every parameter that is not in codes, under the first of its names.
+def _floats(
+    program: Program, origin: Origin, quantized: set[str], stacks: set[str], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Every parameter that is not in codes, as those of layers and stacks of experts are, under the first of its names.
 
     Raises:
         BackendError: the program lacks one, or reads a weight that the model has no parameter for.
@@ -219,7 +236,8 @@ def _floats(program: Program, origin: Origin, quantized: set[str], dtype: torch.
     made: dict[str, Tensor] = {}
     left = set(weights) - origin.constants - _read_by_codes(program)
     for names in (*origin.parameters, *((f"{module}.weight",) for module in tables)):
-        if any(name.rpartition(".")[0] in quantized and name.endswith(".weight") for name in names):
+        in_codes = any(name.rpartition(".")[0] in quantized and name.endswith(".weight") for name in names)
+        if in_codes or not stacks.isdisjoint(names):
             continue
         found = [name for name in left if any(re.fullmatch(rf"{re.escape(alias)}(_\d+)?", name) for alias in names)]
         module = names[0].rpartition(".")[0]
@@ -242,21 +260,25 @@ def _floats(program: Program, origin: Origin, quantized: set[str], dtype: torch.
     return made
 
 
-def _refuse_experts(program: Program, origin: Origin) -> None:
-    """Refuses parameters of more than two dimensions, which are the stacked weights of experts."""
+def _refuse_stacks(program: Program, origin: Origin) -> None:
+    """Refuses parameters of more than two dimensions in floating point, which are the stacked weights of experts."""
+    codes = _read_by_codes(program)
     for name, tensor in program.weights().items():
-        if tensor.dim() > 2 and name not in origin.constants:
+        if tensor.dim() > 2 and name not in origin.constants and name not in codes:
             raise BackendError(
-                f"{name} holds the weights of experts, which are not written in this format yet",
-                fix="Compile the model instead, or export it to onnx",
+                f"{name} holds the weights of experts in floating point, which its readers do not expect beside codes",
+                fix="Quantize them too, by a recipe with the pass experts and without exceptions for them",
             )
 
 
 def _read_by_codes(program: Program) -> set[str]:
-    """Names of what quantized layers, tables and roundings read, but for biases."""
+    """Names of what quantized layers, tables, experts and roundings read, but for the biases of layers."""
     names = set()
     for node in program.calls(
-        ops.quantized_linear.target, ops.quantized_embedding.target, ops.quantize_dequantize.target
+        ops.quantized_linear.target,
+        ops.quantized_embedding.target,
+        ops.quantized_experts.target,
+        ops.quantize_dequantize.target,
     ):
         bias = argument(node, "bias") if node.target == ops.quantized_linear.target else None
         names |= {str(s.target) for s in node.all_input_nodes if s.op == "get_attr" and s is not bias}
@@ -276,15 +298,22 @@ def _tables(program: Program) -> dict[str, Tensor]:
     return found
 
 
-def _groups(layers: list[Written], origin: Origin) -> tuple[dict[str, Any], list[str]]:
-    """Groups of the config, one per scheme, and the linear layers that stay in floating point."""
+def _groups(layers: list[Written], mixture: list[Written], origin: Origin) -> tuple[dict[str, Any], list[str]]:
+    """Groups of the config, one per scheme, and the linear layers that stay in floating point.
+
+    Experts that are stored in another way than all other layers have a group of their own, with an expression for
+    target, by which transformers finds it.
+    """
     schemes: dict[str, list[Written]] = {}
     for one in layers:
         schemes.setdefault(json.dumps(one.scheme, sort_keys=True), []).append(one)
+    alike = not mixture or schemes.keys() == {json.dumps(mixture[0].scheme, sort_keys=True)}
     groups = {}
     for number, members in enumerate(schemes.values()):
-        targets = ["Linear"] if len(schemes) == 1 else [one.module for one in members]
+        targets = ["Linear"] if len(schemes) == 1 and alike else [one.module for one in members]
         groups[f"group_{number}"] = {"targets": targets, **members[0].scheme}
+    if not alike:
+        groups[f"group_{len(groups)}"] = {"targets": [TARGETS], **mixture[0].scheme}
     quantized = {one.module for one in layers}
     return groups, [name for name in origin.linears if name not in quantized]
 

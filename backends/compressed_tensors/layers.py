@@ -45,27 +45,54 @@ def write_layer(program: Program, node: fx.Node, dtype: torch.dtype) -> Written:
     Raises:
         BackendError: its codes have no form, or its groups do not fill the weight's rows.
     """
-    name, format = str(argument(node, "weight").target), str(argument(node, "format"))
-    module = name.rpartition(".")[0]
-    packed, scale = program.weight(name), program.weight(argument(node, "scale"))
+    name = str(argument(node, "weight").target)
     points = argument(node, "zero_point")
-    zero = None if points is None else program.weight(points)
-    width, group_size = int(argument(node, "x").meta["val"].shape[-1]), int(argument(node, "group_size"))
+    held = Held(
+        program.weight(name),
+        program.weight(argument(node, "scale")),
+        None if points is None else program.weight(points),
+        str(argument(node, "format")),
+        int(argument(node, "group_size")),
+        int(argument(node, "x").meta["val"].shape[-1]),
+    )
+    inputs, scales = _inputs(program, node, dtype)
+    made = write_weight(name.rpartition(".")[0], held, inputs, dtype)
+    return Written(made.module, made.tensors | scales, made.scheme)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A weight [N, K = `width`] in the layout of `graphwright.packing`, as `quantized_linear` takes it."""
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    format: str
+    group_size: int
+    width: int
+
+
+def write_weight(module: str, held: Held, inputs: dict[str, Any] | None, dtype: torch.dtype) -> Written:
+    """One weight; `inputs` is how what it multiplies with is rounded.
+
+    Raises:
+        BackendError: its codes have no form, or its groups do not fill the weight's rows.
+    """
+    format, group_size, width, zero = held.format, held.group_size, held.width, held.zero
     fractional = zero is not None and zero.is_floating_point()
     if format not in CARRIED or fractional:
         kind = f"{format} codes with fractional zero points" if fractional and format in CARRIED else f"{format} codes"
         raise BackendError(f"{module} holds {kind}, and compressed-tensors carries {', '.join(CARRIED)}")
-    whole = scale.shape[1] == 1 and group_size >= width
+    whole = held.scale.shape[1] == 1 and group_size >= width
     if not whole and width % group_size:
         raise BackendError(
             f"{module} reads {width} channels, which groups of {group_size} do not divide",
             fix="Choose a group size that divides every layer's width, or keep that layer with the option layers",
         )
-    inputs, scales = _inputs(program, node, dtype)
-    codes = packing.unpack(packed, format, group_size)[:, :width]
+    codes = packing.unpack(held.packed, format, group_size)[:, :width]
     scheme = _scheme(format, 0 if whole else group_size, zero is None, inputs)
     tensors = _codes(codes, zero, format, scheme["format"])
-    return Written(module, {**tensors, "weight_scale": scale.to(dtype), **scales}, scheme)
+    return Written(module, {**tensors, "weight_scale": held.scale.to(dtype)}, scheme)
 
 
 def _codes(codes: Tensor, zero: Tensor | None, format: str, form: str) -> dict[str, Tensor]:

@@ -29,6 +29,9 @@ from graphwright.interchange.packed import Packed
 
 FLOATS = ("F32", "F16", "BF16")
 
+MATRIX = 2
+"""Dimensions of a weight; one with more holds those of all experts of a layer."""
+
 Blocks = np.ndarray[Any, np.dtype[np.uint8]]
 """uint8 [N, blocks of a row, bytes of a block]."""
 
@@ -130,9 +133,14 @@ class GgufFile:
         self.where = file
         self._dequantize = gguf.dequantize
         self._processor = processor
-        self._tensors = {names[t.name]: t for t in reader.tensors if t.name in names}
+        # The name of a parameter of experts is that of no module's weight, and has no suffix.
+        found = {t.name: names.get(t.name) or names.get(t.name.removesuffix(".weight")) for t in reader.tensors}
+        known = {name: parameter for name, parameter in found.items() if parameter is not None}
+        named = [t for t in reader.tensors if t.name in known]
+        self._tensors = {known[t.name]: t for t in named if len(t.shape) <= MATRIX}
+        self._stacks = self._placed([t for t in named if len(t.shape) > MATRIX], known)
         self._dequantized: dict[str, str] = {}
-        types = dict.fromkeys(t.tensor_type.name for t in self._tensors.values())
+        types = dict.fromkeys(t.tensor_type.name for t in named)
         self.summary = "gguf, " + ", ".join(name for name in types if name not in FLOATS)
 
     @property
@@ -173,18 +181,58 @@ class GgufFile:
         order = self._order(tensor)
         if order is None:
             return None
-        rows, width = (int(size) for size in reversed(tensor.shape))
-        if (rows, width) != shape:
+        self._check(tensor, name, shape)
+        rows = shape[0]
+        plain = bool((order == torch.arange(rows)).all())
+        return _unpacked(tensor, tensor.data, rows).rows(None if plain else order).packed()
+
+    def experts(self, name: str, shape: tuple[int, ...]) -> list[list[Packed | Tensor]] | None:
+        """The layers whose weights a parameter [E, N, K] holds: by part of the rows, and by expert.
+
+        Raises:
+            SourceError: they have another shape.
+        """
+        stacks = self._stacks.get(name)
+        if stacks is None:
+            return None
+        count, rows, width = shape[0], shape[1] // len(stacks), shape[2]
+        parts: list[list[Packed | Tensor]] = []
+        for tensor in stacks:
+            self._check(tensor, name, (count, rows, width))
+            kind = tensor.tensor_type.name
+            if kind in READERS:
+                parts.append([_unpacked(tensor, tensor.data[expert], rows).packed() for expert in range(count)])
+                continue
+            if kind not in FLOATS:
+                self._dequantized[name] = kind
+            values = self._dequantize(tensor.data, tensor.tensor_type)
+            parts.append(list(torch.from_numpy(np.array(values, dtype=np.float32)).reshape(count, rows, width)))
+        return parts
+
+    def _placed(self, tensors: list[Any], names: dict[str, str]) -> dict[str, list[Any]]:
+        """The tensors of experts by the parameter that they become, in the order of its rows.
+
+        Found by letting the processor place a tensor that holds ones.
+        """
+        starts: dict[str, list[tuple[int, Any]]] = {}
+        for tensor in tensors:
+            name, rows = names[tensor.name], int(tensor.shape[1])
+            mapping, parsed = {tensor.name.removesuffix(".weight"): name}, {"tensors": dict[str, Tensor]()}
+            ones = np.ones((1, rows, 1), dtype=np.float32)
+            self._processor.process(ones, tensor.name, tensor_key_mapping=mapping, parsed_parameters=parsed)
+            placed = parsed["tensors"].get(name)
+            start = 0 if placed is None else int(placed.flatten().nonzero()[0])
+            starts.setdefault(name, []).append((start, tensor))
+        return {name: [one for _, one in sorted(found, key=lambda pair: pair[0])] for name, found in starts.items()}
+
+    def _check(self, tensor: Any, name: str, shape: tuple[int, ...]) -> None:
+        found = [int(size) for size in reversed(tensor.shape)]
+        if found != list(shape):
             raise SourceError(
-                f"{tensor.name} has the shape {[rows, width]}, and {name} should have {list(shape)}",
+                f"{tensor.name} has the shape {found}, and {name} should have {list(shape)}",
                 where=self.where,
                 fix="Download it again",
             )
-        read = READERS[tensor.tensor_type.name]
-        block = _block_bytes(tensor)
-        found = read(np.ascontiguousarray(tensor.data).reshape(rows, -1, block))
-        plain = bool((order == torch.arange(rows)).all())
-        return found.rows(None if plain else order).packed()
 
     def unread(self) -> list[str]:
         """Nothing: every tensor that has a name in the model is asked for under it."""
@@ -210,6 +258,12 @@ class GgufFile:
         return torch.from_numpy(changed.reshape(-1).astype(np.int64))
 
 
+def _unpacked(tensor: Any, data: Any, rows: int) -> Unpacked:
+    """What the blocks of a tensor, or of one expert in it, hold."""
+    blocks = np.ascontiguousarray(data).reshape(rows, -1, _block_bytes(tensor))
+    return READERS[tensor.tensor_type.name](blocks)
+
+
 def _block_bytes(tensor: Any) -> int:
     import gguf
 
@@ -217,11 +271,7 @@ def _block_bytes(tensor: Any) -> int:
 
 
 def open_gguf(file: str, model: torch.nn.Module, config: Any) -> GgufFile:
-    """The weights of a file for `model`, a model of `transformers` with this config, which may have no weights.
-
-    Raises:
-        SourceError: the model is a mixture of experts, whose tensors hold the codes of many layers.
-    """
+    """The weights of a file for `model`, a model of `transformers` with this config, which may have no weights."""
     import gguf
     from transformers import modeling_gguf_pytorch_utils as translation
 
@@ -229,11 +279,4 @@ def open_gguf(file: str, model: torch.nn.Module, config: Any) -> GgufFile:
     architecture = str(reader.fields["general.architecture"].contents())
     processor = translation.TENSOR_PROCESSORS.get(architecture, translation.TensorProcessor)(config=config.to_dict())
     names = translation.get_gguf_hf_weights_map(model, processor)
-    experts = next((tensor.name for tensor in reader.tensors if len(tensor.shape) > 2), None)
-    if experts is not None:
-        raise SourceError(
-            f"{experts} holds the weights of experts, which are not read in codes",
-            where=file,
-            fix="Use another recipe, which reads them in float",
-        )
     return GgufFile(file, reader, processor, names)

@@ -24,8 +24,8 @@ def read_directory(
     Raises:
         SourceError: the method or one of its options is not read, or tensors are missing or do not fit.
     """
-    checkpoint = QuantizedDirectory(folder, dict(config.quantization_config))
     model = skeleton(model_class, config, dtype)
+    checkpoint = QuantizedDirectory(folder, dict(config.quantization_config), model)
     notes = fill(model, checkpoint, dtype, keep_codes=keep_codes)
     if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
@@ -36,7 +36,7 @@ def read_gguf(model_class: Any, config: Any, file: Path, dtype: torch.dtype) -> 
     """The model of a GGUF file with its codes, and notes on the reading.
 
     Raises:
-        SourceError: tensors are missing or do not fit, or hold the codes of experts.
+        SourceError: tensors are missing or do not fit.
     """
     model = skeleton(model_class, config, dtype)
     checkpoint = open_gguf(str(file), model, config)

@@ -7,6 +7,7 @@ Parameters are made on the meta device, and each gets its own tensor; buffers, s
 embeddings, are computed as the model's class does.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -14,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from graphwright.errors import SourceError
+from graphwright.interchange.experts import NotStackableError, packed_experts
 from graphwright.interchange.packed import Packed, PackedEmbedding, PackedLinear
+
+EXPERT_DIMENSIONS = 3
+"""Of a parameter [E, N, K] with the weights of all experts of a layer."""
+
+Parts = Sequence[Sequence[Packed | Tensor]]
+"""The layers of a stack of experts: for each part of its rows, by expert."""
 
 
 class Checkpoint(Protocol):
@@ -40,6 +48,10 @@ class Checkpoint(Protocol):
 
     def packed(self, name: str, kind: str, shape: tuple[int, int]) -> Packed | None:
         """The weight [N, K] of a module in codes, or None if it is stored in floating point."""
+        ...
+
+    def experts(self, name: str, shape: tuple[int, ...]) -> Parts | None:
+        """The layers whose weights the parameter `name` [E, N, K] holds one behind the other, or None."""
         ...
 
     def unread(self) -> list[str]:
@@ -68,11 +80,14 @@ def fill(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, *, keep_c
         keep_codes: put packed modules where layers are stored in codes; otherwise they are dequantized.
 
     Raises:
-        SourceError: a parameter is missing or does not fit, or the checkpoint holds codes of no layer or of experts.
+        SourceError: a parameter is missing or does not fit, or the checkpoint holds codes of no layer.
     """
     filling = _Filling(model, checkpoint, dtype, keep_codes)
-    for names in _parameters(model):
-        filling.parameter(names)
+    parameters = _parameters(model)
+    filled = filling.experts()
+    for names in parameters:
+        if names[0] not in filled:
+            filling.parameter(names)
     filling.refuse_gaps()
     return [*checkpoint.notes, *filling.notes]
 
@@ -88,6 +103,49 @@ class _Filling:
         self.notes: list[str] = []
         self.missing: list[str] = []
         self._equal: dict[tuple[torch.dtype, bytes], Tensor] = {}
+
+    def experts(self) -> set[str]:
+        """Fills modules that hold the weights of all experts of a layer; returns the names of their parameters."""
+        filled: set[str] = set()
+        for path, module in list(self.model.named_modules()):
+            stacks = {name: p for name, p in module.named_parameters(recurse=False) if p.dim() == EXPERT_DIMENSIONS}
+            held = {name: self.checkpoint.experts(f"{path}.{name}", tuple(p.shape)) for name, p in stacks.items()}
+            found = {name: parts for name, parts in held.items() if parts is not None}
+            if found and not (self.keep_codes and self._keep_experts(path, module, found)):
+                for name, parts in found.items():
+                    self._assign([f"{path}.{name}"], _dense(parts))
+            filled |= {f"{path}.{name}" for name in found}
+        return filled
+
+    def _keep_experts(self, path: str, module: nn.Module, stacks: dict[str, Parts]) -> bool:
+        """Puts packed experts in the place of a module; False where they have to be dequantized, which is noted."""
+        layers = [layer for parts in stacks.values() for part in parts for layer in part]
+        if not any(isinstance(layer, Packed) for layer in layers):
+            return False
+        try:
+            if not all(isinstance(layer, Packed) for layer in layers):
+                raise NotStackableError("some are in codes, and others in floating point")
+            for name, parts in stacks.items():
+                self._refuse_order(f"{path}.{name}", parts)
+            made = packed_experts(module, stacks)  # type: ignore[arg-type]
+        except NotStackableError as reason:
+            self.notes.append(f"the experts {path} were dequantized: {reason}")
+            return False
+        parent, name = self._owner(path)
+        setattr(parent, name, made)
+        return True
+
+    def _refuse_order(self, name: str, parts: Parts) -> None:
+        """Refuses act-order: the experts of a layer read one row of inputs, in one order."""
+        for expert in range(len(parts[0])):
+            if any(isinstance(part[expert], Packed) and part[expert].columns is not None for part in parts):  # type: ignore[union-attr]
+                raise SourceError(
+                    f"{name} of expert {expert} has its columns in the order of its own activations (act-order), and "
+                    "experts that keep their codes read their input in one order",
+                    where=self.checkpoint.where,
+                    fix="Quantize it again without act-order (desc_act=False) or with static groups; or use a recipe "
+                    "that rounds the weights itself, such as int4",
+                )
 
     def parameter(self, names: list[str]) -> None:
         """Fills one parameter or buffer, which has several names where it is tied."""
@@ -118,11 +176,11 @@ class _Filling:
     def refuse_gaps(self) -> None:
         """Refuses a checkpoint that lacks parameters, or holds codes that no layer wanted."""
         where = self.checkpoint.where
-        stacks = [name for name in self.missing if self._dimensions(name) > 2]
+        stacks = [name for name in self.missing if self._dimensions(name) >= EXPERT_DIMENSIONS]
         if stacks:
             raise SourceError(
-                f"{stacks[0]} holds the weights of experts one behind the other, and experts that a checkpoint stores "
-                "in codes are not read",
+                f"{stacks[0]} holds the weights of all experts of a layer, and the checkpoint has none of them under a "
+                "name that the installed transformers knows",
                 where=where,
                 fix="Give the model in floating point and quantize it here: graphwright's gptq, awq and rtn round "
                 "every expert",
@@ -225,6 +283,12 @@ def _parameters(model: nn.Module) -> list[list[str]]:
     for name, tensor in state.items():
         names.setdefault(id(tensor), []).append(name)
     return list(names.values())
+
+
+def _dense(parts: Parts) -> Tensor:
+    """The weights [E, N, K] of a stack of experts."""
+    rows = zip(*parts, strict=True)
+    return torch.stack([torch.cat([one.dense() if isinstance(one, Packed) else one for one in row]) for row in rows])
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -16,7 +16,6 @@ from graphwright.numerics import EXACT_TOLERANCE, relative_error
 from graphwright.ops import expert_capacity, expert_choice, moe_routing
 from graphwright.ops.moe_routing import SCORING
 from graphwright.passes.moe._evaluate import Sizes, UnknownError, between, constants, evaluate
-from graphwright.passes.moe._products import Layer
 from graphwright.program import Program
 
 aten = torch.ops.aten
@@ -91,22 +90,21 @@ class Probe:
         return relative_error(matrix, self.seen) <= EXACT_TOLERANCE[self.given.dtype]
 
 
-def recognised(program: Program, layer: Layer, generator: torch.Generator) -> Routing:
-    """The router behind the weights and the choices of a layer.
+def recognised(program: Program, weights: fx.Node, indices: fx.Node, count: int, generator: torch.Generator) -> Routing:
+    """The router behind the weights [tokens, J] and the choices of a layer of `count` experts.
 
     Raises:
         UnknownError: it is none that is known.
     """
-    count = int(layer.up.weight.meta["val"].shape[0])
-    ends = [layer.weights, layer.indices]
+    ends = [weights, indices]
     logits = _logits(ends, count)
 
     def observe(sizes: Sizes, given: Tensor) -> Tensor:
-        bound = sizes.bind(layer.weights, sizes.bind(layer.indices, {logits: given}))
-        weights, indices = evaluate(program, ends, bound)
-        return dense(weights, indices, count)
+        bound = sizes.bind(weights, sizes.bind(indices, {logits: given}))
+        shares, chosen = evaluate(program, ends, bound)
+        return dense(shares, chosen, count)
 
-    top_k = int(layer.indices.meta["val"].shape[1])
+    top_k = int(indices.meta["val"].shape[1])
     return search(program, logits, ends, [top_k], observe, generator)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from graphwright.numerics import EXACT_TOLERANCE, relative_error
-from graphwright.ops import experts
+from graphwright.ops import experts, quantized_experts
 from graphwright.ops.gated_activation import ACTIVATIONS
 from graphwright.passes.moe._evaluate import Sizes, UnknownError, between, constants, evaluate
 from graphwright.passes.moe._router import Routing, search
@@ -30,6 +30,9 @@ SURE = 40.0
 
 ATTEMPTS = 24
 """Nodes of the right shape behind a router that may be the end of its mixture."""
+
+RAISED = {experts.target, quantized_experts.target}
+"""Experts that are understood already."""
 
 VIEWS = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default}
 
@@ -117,14 +120,14 @@ def _stack_sizes(program: Program) -> set[int]:
         if node.op == "get_attr"
         and node.meta["val"].dim() == 3
         and node.meta["val"].shape[0] > 1
-        and any(user.target is not experts.target for user in node.users)
+        and any(user.target not in RAISED for user in node.users)
     }
 
 
 def _box(x: fx.Node, logits: fx.Node, end: fx.Node) -> Whole | None:
     count = int(logits.meta["val"].shape[-1])
     inside = list(between(end, {x, logits}))
-    if any(node.op == "placeholder" or node.target in (aten.linear.default, experts.target) for node in inside):
+    if any(node.op == "placeholder" or node.target in {aten.linear.default, *RAISED} for node in inside):
         return None
     read = [n for n in inside if n.op == "get_attr" and n.meta["val"].is_floating_point()]
     stacks = tuple(n for n in read if n.meta["val"].dim() == 3 and n.meta["val"].shape[0] == count)

@@ -12,16 +12,20 @@ the middle of the MLP against the known activations, the router against every co
 normalization and capacity, and the whole against the op. A router that fits none stays as it is, before the `experts`
 op, and is reported.
 
+Experts that a checkpoint holds in codes are the op `quantized_experts` from the beginning; only their router is raised.
+
 It runs after passes that fold scales or rotations into the weights of experts, and before quantization.
 """
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from graphwright.ops import expert_capacity, expert_choice, experts, moe_routing
+from graphwright.match import argument
+from graphwright.ops import expert_capacity, expert_choice, experts, moe_routing, quantized_experts
 from graphwright.pass_ import Context, Paper, Pass, PassResult
 from graphwright.passes.moe import _mlp, _products, _router, _whole
 from graphwright.passes.moe._evaluate import UnknownError, between
@@ -54,6 +58,8 @@ class Experts(Pass):
                 layer = _products.find_layer(total)
                 if layer is not None:
                     _sorted(editor, context, layer, misses)
+            for node in program.calls(quantized_experts.target):
+                _router_of(editor, context, _quantized(node), misses)
             for logits in program.calls(aten.linear.default):
                 _stacked(editor, context, logits, misses)
             misses.extend(_loops(program))
@@ -72,15 +78,36 @@ def _sorted(editor: Editor, context: Context, layer: Layer, misses: list[str]) -
     if not editor.allow(layer.total):
         return
     _install(editor, layer, mlp)
+    _router_of(editor, context, _Routed(layer.up.name, layer.weights, layer.indices, mlp.up.shape[0]), misses)
+
+
+@dataclass(frozen=True)
+class _Routed:
+    """What a router gives to a layer of experts: weights and choices [tokens, J], of `count` experts."""
+
+    name: str
+    weights: fx.Node
+    indices: fx.Node
+    count: int
+
+
+def _router_of(editor: Editor, context: Context, layer: _Routed, misses: list[str]) -> None:
+    """Raises what stands before a layer of experts."""
     if _is_raised(layer.indices):
         return
     try:
-        routing = _router.recognised(program, layer, context.generator())
+        routing = _router.recognised(editor.program, layer.weights, layer.indices, layer.count, context.generator())
     except UnknownError as reason:
-        misses.append(f"the router of {layer.up.name}: {reason}; it stays as it is")
+        misses.append(f"the router of {layer.name}: {reason}; it stays as it is")
         return
     if editor.allow(layer.indices):
         _install_routing(editor, layer, routing)
+
+
+def _quantized(node: fx.Node) -> _Routed:
+    """A layer of experts whose weights came in codes."""
+    weights, indices, up = (argument(node, name) for name in ("weights", "indices", "up"))
+    return _Routed(str(up.target), weights, indices, int(up.meta["val"].shape[0]))
 
 
 def _stacked(editor: Editor, context: Context, logits: fx.Node, misses: list[str]) -> None:
@@ -148,7 +175,7 @@ def _install(editor: Editor, layer: Layer, mlp: Mlp) -> None:
     editor.replace(layer.total, new, layer.up.name)
 
 
-def _install_routing(editor: Editor, layer: Layer, found: Routing) -> None:
+def _install_routing(editor: Editor, layer: _Routed, found: Routing) -> None:
     # Right behind the later of the two nodes, whose users all come after.
     order = {node: place for place, node in enumerate(editor.program.graph.nodes)}
     before = min(layer.weights, layer.indices, key=lambda node: order[node])

@@ -11,9 +11,11 @@ stand beside it. No paper: nothing is approximated.
 
 from collections import Counter
 
+from torch import fx
+
 from graphwright.errors import PassError
 from graphwright.match import argument
-from graphwright.ops import quantized_embedding, quantized_linear
+from graphwright.ops import quantized_embedding, quantized_experts, quantized_linear
 from graphwright.pass_ import Context, Pass, PassResult
 from graphwright.program import Program
 
@@ -34,7 +36,7 @@ class KeepCodes(Pass):
         Raises:
             PassError: there are none.
         """
-        nodes = list(program.calls(quantized_linear.target, quantized_embedding.target))
+        nodes = list(program.calls(quantized_linear.target, quantized_embedding.target, quantized_experts.target))
         if not nodes:
             raise PassError(
                 "The model holds no weights in codes, so there are none to keep",
@@ -42,5 +44,13 @@ class KeepCodes(Pass):
                 fix="Give a GGUF file, or a directory of GPTQ, AWQ or compressed-tensors weights; or use a recipe that "
                 "quantizes, such as int4",
             )
-        counts = Counter(f"{argument(node, 'format')} in groups of {argument(node, 'group_size')}" for node in nodes)
-        return PassResult(program, notes={"layers": dict(counts)})
+        return PassResult(program, notes={"layers": dict(Counter(_stored(node) for node in nodes))})
+
+
+def _stored(node: fx.Node) -> str:
+    """How the codes of a call are stored."""
+    if node.target != quantized_experts.target:
+        return f"{argument(node, 'format')} in groups of {argument(node, 'group_size')}"
+    sizes = dict.fromkeys(str(argument(node, f"{name}_group_size")) for name in ("up", "down"))
+    count = argument(node, "up").meta["val"].shape[0]
+    return f"{count} experts, {argument(node, 'format')} in groups of {' and '.join(sizes)}"

@@ -64,7 +64,10 @@ ALIKE = re.compile(r"^(rtn|gptq|awq|hqq|spqr) int[234]|^sparse .*(magnitude|wand
 """Methods whose layers are compared."""
 
 W8 = {"rtn": {"bits": 8, "group_size": 0, "symmetric": True, "scale_dtype": "float32"}}
+G8 = {"gptq": {"bits": 8, "group_size": 0, "symmetric": True, "scale_dtype": "float32"}}
 DYNAMIC, STATIC = {"activations": {}}, {"activations": {"static": True}}
+WIDEST = {"activations": {"static": True, "dynamic_above": 20}}
+"""Static, but for inputs whose largest token is more than 20 times a median one."""
 
 
 def methods() -> dict[str, list[Any]]:
@@ -94,13 +97,18 @@ def with_activations() -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {
         "w8a8 dynamic": [W8, DYNAMIC],
         "w8a8 static": [W8, STATIC],
+        "w8a8 static minmax": [W8, {"activations": {"static": True, "observer": "minmax"}}],
+        "w8a8 static, widest dynamic": [W8, WIDEST],
         "zeroquant w8a8": [grouped, DYNAMIC],
         "smoothquant w8a8 dynamic": ["smoothquant", W8, DYNAMIC],
         "smoothquant w8a8 static": ["smoothquant", W8, STATIC],
+        "smoothquant w8a8 static minmax": ["smoothquant", W8, {"activations": {"static": True, "observer": "minmax"}}],
+        "smoothquant + gptq w8a8 dynamic": ["smoothquant", G8, DYNAMIC],
+        "smoothquant + gptq w8a8 static": ["smoothquant", G8, STATIC],
         "fp8 weights and activations": ["fp8", {"activations": {"format": "fp8_e4m3"}}],
         "llm_int8": ["llm_int8"],
     }
-    for label in [name for name in found if "fp8" not in name and "zeroquant" not in name]:
+    for label in [name for name in found if not re.search("fp8|zeroquant|minmax|widest|gptq", name)]:
         found[f"outliers: {label}"] = found[label]
     for bits in (8, 4):
         act = {"activations": {"format": f"int{bits}"}}

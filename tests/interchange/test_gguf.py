@@ -10,8 +10,10 @@ from families.configs import build
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedModel
 
+from graphwright import packing
 from graphwright.errors import SourceError
 from graphwright.interchange import gguf as reading
+from graphwright.interchange.experts import PackedExperts
 from graphwright.interchange.packed import PackedEmbedding, PackedLinear
 from graphwright.numerics import relative_error
 from graphwright.sources import open_model
@@ -111,6 +113,79 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return model(input_ids=ids, use_cache=False).logits
+
+
+EXPERTS = ("gate_exps", "up_exps", "down_exps")
+
+
+def write_mixture(file: Path, kinds: dict[str, str]) -> PreTrainedModel:
+    """A tiny mixture whose experts, each part in a tensor of its own, have the types `kinds`; and the same model.
+
+    The width of experts is the one that transformers takes for granted: it does not read it from files.
+    """
+    inner = 768
+    sizes = {"moe_intermediate_size": inner, "num_experts": 4, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    model = build("qwen3_moe", hidden_size=256, num_hidden_layers=1, **sizes)
+    config = model.config
+    writer = gguf.GGUFWriter(file, "qwen3moe")
+    writer.add_block_count(1)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(256)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_expert_feed_forward_length(inner)
+    writer.add_expert_count(4)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    stacks = {"gate_exps": (0, inner), "up_exps": (inner, 2 * inner)}
+    experts = model.model.layers[0].mlp.experts
+    for seed, (part, kind) in enumerate(kinds.items()):
+        shape = (inner, 256) if part in stacks else (256, inner)
+        made = np.stack([blocks(kind, *shape, 10 * seed + e) for e in range(4)])
+        writer.add_tensor(f"blk.0.ffn_{part}.weight", made, raw_dtype=TYPES[kind])
+        dense = torch.from_numpy(gguf.dequantize(made, TYPES[kind]))
+        with torch.no_grad():
+            if part in stacks:
+                experts.gate_up_proj[:, slice(*stacks[part])] = dense
+            else:
+                experts.down_proj.copy_(dense)
+    names = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate": "ffn_gate_inp"}
+    for name, tensor in model.state_dict().items():
+        if "experts" not in name:
+            path, _, part = name.removeprefix("model.layers.0.").rpartition(".")
+            writer.add_tensor(f"blk.0.{names[path]}.{part}" if path in names else file_name(name), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).save(str(file.parent / "tokenizer.json"))
+    return model
+
+
+def test_experts_keep_the_codes_of_their_blocks(tmp_path):
+    reference = write_mixture(tmp_path / "tiny.gguf", dict.fromkeys(EXPERTS, "Q8_0"))
+    source = open_model(tmp_path / "tiny.gguf", tokenizer=tmp_path, keep_codes=True)
+    assert source.notes == ("its codes are kept (gguf, Q8_0)",)
+    experts = source.model.model.layers[0].mlp.experts
+    assert isinstance(experts, PackedExperts)
+    for name in ("gate_up_proj", "down_proj"):
+        parts = (getattr(experts, f"{name}_{part}") for part in ("int8", "scale"))
+        for e, (codes, scale) in enumerate(zip(*parts, strict=True)):
+            dense = packing.dequantize(codes, scale, None, "int8", 32)
+            assert torch.equal(dense, getattr(reference.model.layers[0].mlp.experts, name)[e])
+    assert relative_error(logits(source.model), logits(reference)) < 1e-5
+
+
+def test_experts_in_several_types_are_dequantized_and_said_to_be(tmp_path):
+    kinds = dict(zip(EXPERTS, ("Q4_K", "Q4_K", "Q6_K"), strict=True))
+    reference = write_mixture(tmp_path / "tiny.gguf", kinds)
+    source = open_model(tmp_path / "tiny.gguf", tokenizer=tmp_path, keep_codes=True)
+    assert source.notes[1].endswith("their first product is in int4_offset and the second in int8")
+    assert relative_error(logits(source.model), logits(reference)) < 1e-5
 
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -19,6 +19,7 @@ from graphwright import exporting
 from graphwright.backends.compressed_tensors.exporter import FORMAT
 from graphwright.errors import BackendError, RecipeError
 from graphwright.export_format import Export
+from graphwright.interchange.experts import PackedExperts
 from graphwright.interchange.packed import PackedLinear
 from graphwright.numerics import relative_error
 from graphwright.ops import quantize_dequantize
@@ -201,8 +202,47 @@ def test_act_order_is_refused(tmp_path):
         exporting.export(str(tmp_path / "gptq"), "compressed-tensors", tmp_path / "out", recipe="as-is")
 
 
-def test_experts_are_refused(tmp_path):
-    with pytest.raises(BackendError, match="holds the weights of experts"):
+SYMMETRIC = {"group_size": 32, "symmetric": True}
+
+
+@pytest.mark.parametrize(
+    ("family", "rtn", "groups"),
+    [
+        ("mixtral", SYMMETRIC, 1),
+        ("qwen3_moe", {"bits": 8, "group_size": 0, "symmetric": True}, 1),
+        ("deepseek_v3", {**SYMMETRIC, "group_size": 8, "layers": {"self_attn": {"format": "int8"}}}, 3),
+    ],
+)
+def test_experts_are_written_one_by_one(tmp_path, monkeypatch, family, rtn, groups):
+    folder = tmp_path / "out"
+    layers = 2 if family == "deepseek_v3" else 1
+    model = build(family, num_hidden_layers=layers, **({"decoder_sparse_step": 1} if family == "qwen3_moe" else {}))
+    program = exported(model, folder, {"passes": ["experts", {"rtn": rtn}]}, monkeypatch)
+    assert len(json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]) == groups
+    names = set(load_file(folder / "model.safetensors"))
+    expert = "block_sparse_moe.experts.1.w3" if family == "mixtral" else "mlp.experts.1.up_proj"
+    assert f"model.layers.{layers - 1}.{expert}.weight_packed" in names
+    check(folder, program)
+    again, weights = open_model(folder, keep_codes=True).model, program.weights()
+    (found,) = ((n, m) for n, m in again.named_modules() if isinstance(m, PackedExperts))
+    for stack in ("gate_up_proj", "down_proj"):
+        for part in (found[1].format, "scale"):
+            assert torch.equal(getattr(found[1], f"{stack}_{part}"), weights[f"{found[0]}.{stack}_{part}"])
+
+
+@pytest.mark.parametrize(
+    ("passes", "problem"),
+    [
+        (["experts", {"rtn": {"group_size": 32}}], "have zero points: transformers reads all experts"),
+        ([{"rtn": SYMMETRIC}], "holds the weights of experts in floating point"),
+        (
+            ["experts", {"rtn": {**SYMMETRIC, "layers": {"experts.down": {"group_size": 16}}}}],
+            "stored in several ways: transformers reads all experts",
+        ),
+    ],
+)
+def test_experts_that_would_be_read_wrongly_are_refused(tmp_path, passes, problem):
+    with pytest.raises(BackendError, match=problem):
         exporting.export(
-            build("mixtral", num_hidden_layers=1), "compressed-tensors", tmp_path / "out", recipe="int4-sym"
+            build("mixtral", num_hidden_layers=1), "compressed-tensors", tmp_path / "out", recipe={"passes": passes}
         )

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphwright.capture import capture
-from graphwright.errors import PassError
+from graphwright.errors import PassError, RecipeError
 from graphwright.manager import PassManager, plan_passes
 from graphwright.numerics import relative_error
 from graphwright.ops import quantize_dequantize, quantized_linear
@@ -81,3 +81,73 @@ def test_layers_may_keep_their_inputs():
         PassManager(Context(CPU)).run(
             program, plan_passes(Recipe.load({"passes": [eight, {"activations": {"skip": ["nothing"]}}]}), program)
         )
+
+
+def static(program, x, **options):
+    """A linear layer whose input is rounded with a static scale, calibrated on rows x."""
+    recipe = Recipe.load(
+        {"passes": [{"rtn": {"bits": 8, "group_size": 0}}, {"activations": {"static": True, **options}}]}
+    )
+    inputs = [dict.fromkeys(program.contract.names, x)]
+    return PassManager(Context(CPU, calibration=inputs)).run(program, plan_passes(recipe, program))
+
+
+def scale_of(program):
+    (rounding,) = program.calls(quantize_dequantize.target)
+    return None if rounding.args[1] is None else program.weight(rounding.args[1])
+
+
+@pytest.fixture(scope="module")
+def one_layer():
+    return capture(torch.nn.Linear(64, 32), example_inputs=(torch.randn(3, 64),))
+
+
+def test_minmax_reaches_the_largest_magnitude_and_percentile_clips_a_part(one_layer):
+    x = torch.linspace(-1, 1, 64 * 100).reshape(100, 64)[torch.randperm(100)]
+    x[50, 7] = -40.0
+    assert float(scale_of(static(one_layer.clone(), x, observer="minmax"))) == pytest.approx(40 / 127)
+    clipped = static(one_layer.clone(), x, observer="percentile", percentile=90)
+    assert float(scale_of(clipped)) == pytest.approx(0.9 / 127, rel=0.02)
+
+
+def test_mse_is_never_worse_than_minmax_and_finds_what_a_search_over_the_values_finds(one_layer):
+    x = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 1, 64)
+
+    def loss(scale):
+        return float((quantize_dequantize(x, torch.as_tensor(scale), "int4", 0) - x).square().sum())
+
+    for options in ({"format": "int4"}, {"format": "int4", "observer": "mse"}):
+        found = loss(scale_of(static(one_layer.clone(), x, **options)))
+        best = min(loss(x.abs().max() / 7 * part) for part in torch.linspace(0.1, 1, 200))
+        assert found <= 1.01 * best
+        assert found < 0.9 * loss(x.abs().max() / 7)
+
+
+def test_inputs_whose_tokens_differ_too_much_keep_scales_per_token_and_are_named(one_layer):
+    x = torch.ones(20, 64)
+    x[3] = 100.0
+    kept = static(one_layer.clone(), x, dynamic_above=50)
+    assert scale_of(kept) is None
+    assert len(kept.history[-1].notes["scales per token"]) == 1
+    assert scale_of(static(one_layer.clone(), x, dynamic_above=200)) is not None
+
+
+def test_zeros_have_a_scale(one_layer):
+    for observer in ("minmax", "percentile", "mse"):
+        after = static(one_layer.clone(), torch.zeros(4, 64), observer=observer)
+        assert float(scale_of(after)) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"observer": "mse"}, "observer would have no effect"),
+        ({"static": True, "percentile": 99}, "the observer is mse"),
+        ({"static": True, "observer": "percentile", "percentile": 10}, "greater than 50"),
+        ({"static": True, "observer": "entropy"}, "minmax"),
+        ({"dynamic_above": 20}, "dynamic_above would have no effect"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options, problem):
+    with pytest.raises(RecipeError, match=problem):
+        Recipe.load({"passes": [{"activations": options}]})
