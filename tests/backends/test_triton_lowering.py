@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kernels.interpreted import runner
 from torch import nn
 
+from graphwright import packing
 from graphwright.backends.triton import BACKEND, lowering, ops, plan
 from graphwright.capture import capture
 from graphwright.compiled import rewrite
@@ -191,6 +192,29 @@ def test_group_sizes_without_a_kernel_are_left_alone():
     program = capture(Linear(), (torch.randn(3, 16),))
     (node,) = program.calls(quantized_linear.target)
     assert "groups of 8 have no kernel" in BACKEND.supports(node, GPUS["cuda:sm_90"]).reason
+
+
+@pytest.mark.parametrize("format", ["int3", "int2"])
+def test_codes_of_two_and_three_bits_have_kernels(format):
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            codes = torch.randint(0, 1 << packing.FORMATS[format].bits, (6, 64))
+            self.register_buffer("weight", packing.pack(codes, format, 32))
+            self.register_buffer("scale", torch.rand(6, 2))
+            self.register_buffer("zero", torch.ones(6, 2, dtype=torch.uint8))
+
+        def forward(self, x):
+            return quantized_linear(x, self.weight, self.scale, self.zero, None, format, 32)
+
+    x = torch.randn(3, 64)
+    program = capture(Linear(), (x,))
+    (node,) = program.calls(quantized_linear.target)
+    assert BACKEND.supports(node, GPUS["cuda:sm_90"]).ok
+    lowered = lowering.lower(program)
+    planned = {launch.problem() for launch in plan.launches(lowered, OnKernels.device)}
+    actual = OnKernels(lowered, planned).run(x)[0]
+    assert relative_error(actual, program(**{program.contract.inputs[0].name: x})[0]) < 2e-5
 
 
 def test_a_measured_scale_reaches_the_integer_product():

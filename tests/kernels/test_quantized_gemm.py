@@ -35,7 +35,16 @@ def weights(format, group_size, outputs, features, asymmetric):
 @pytest.mark.parametrize("rows", [1, 3, 17, 70])
 @pytest.mark.parametrize(
     ("format", "group_size", "features"),
-    [("int4", 64, 200), ("int4", 32, 96), ("int4", 200, 200), ("int8", 33, 99), ("int8", 300, 300)],
+    [
+        ("int4", 64, 200),
+        ("int4", 32, 96),
+        ("int4", 200, 200),
+        ("int8", 33, 99),
+        ("int8", 300, 300),
+        ("int3", 128, 200),
+        ("int3", 40, 70),
+        ("int2", 64, 150),
+    ],
 )
 def test_rows_and_group_tails(rows, format, group_size, features):
     torch.manual_seed(0)
@@ -77,15 +86,26 @@ def test_codes_that_index_a_table(values, rows):
     assert relative_error(actual, quantized_gemm.table_reference(x, weight, scale, table, 32)) < 5e-5
 
 
-@pytest.mark.parametrize("rows", [1, 5])
-def test_four_codes_to_a_byte(rows):
+@pytest.mark.parametrize("format", ["int3", "int2"])
+@pytest.mark.parametrize("rows", [1, 2, 17])
+def test_codes_of_less_than_four_bits_with_zero_points_in_either_form(format, rows):
     torch.manual_seed(0)
-    codes = torch.randint(0, 4, (19, 2, 4, 16))
-    weight = (codes << (2 * torch.arange(4))[:, None]).sum(2).to(torch.uint8).flatten(1)
-    scale, zero, x = torch.rand(19, 2), torch.rand(19, 2) * 3, torch.randn(rows, 128)
-    dense = (codes.flatten(2) - zero[..., None]) * scale[..., None]
-    actual = quantized_gemm.linear(runner(), x, weight, scale, zero, None, 4, 64)
-    assert relative_error(actual, x @ dense.flatten(1).T) < 5e-5
+    weight, scale, zero = weights(format, 64, 19, 160, True)
+    x = torch.randn(rows, 160, dtype=torch.float16)
+    for number, point in enumerate((None, zero.to(torch.uint8), (zero + torch.rand(19, 3)).half())):
+        args = (x, weight, scale.half(), point, None, format, 64)
+        exact = op.reference(x.float(), *args[1:])
+        assert relative_error(quantized_gemm.quantized_linear(runner(number), *args), exact) < 4e-3
+
+
+@pytest.mark.parametrize("group_size", [16, 48])
+def test_every_three_bit_code_is_read_from_its_place(group_size):
+    """The identity reads the weight back, all at once and some rows alone: each bit comes from where packing put it."""
+    codes = torch.randint(0, 8, (5, 2 * group_size), generator=torch.Generator().manual_seed(0))
+    weight, scale, eye = packing.pack(codes, "int3", group_size), torch.ones(5, 2), torch.eye(2 * group_size)
+    for rows in (slice(None), *(slice(k, k + 1) for k in range(0, 2 * group_size, 9))):
+        read = quantized_gemm.quantized_linear(runner(), eye[rows], weight, scale, None, None, "int3", group_size)
+        assert torch.equal(read, codes.T[rows].float() - 4)
 
 
 def test_refusals_say_what_there_is():
@@ -93,7 +113,11 @@ def test_refusals_say_what_there_is():
     x = torch.randn(2, 16)
     with pytest.raises(BackendError, match="groups of 8.*16 to 32768"):
         quantized_gemm.quantized_linear(runner(), x, weight, scale, zero, None, "int4", 8)
-    with pytest.raises(BackendError, match="int3.*int8, int4"):
+    with pytest.raises(BackendError, match="nf4.*int8, int4, int3, int2"):
+        quantized_gemm.quantized_linear(runner(), x, weight, scale, None, None, "nf4", 16)
+    with pytest.raises(BackendError, match="groups of 20.*multiples of 8"):
+        quantized_gemm.quantized_linear(runner(), x, weight, scale, zero, None, "int3", 20)
+    with pytest.raises(BackendError, match="8 bytes a row does not hold 2 groups of 16"):
         quantized_gemm.quantized_linear(runner(), x, weight, scale, zero, None, "int3", 16)
     with pytest.raises(BackendError, match="8 bytes a row"):
         quantized_gemm.quantized_linear(runner(), x, weight, scale, zero, None, "int4", 32)
