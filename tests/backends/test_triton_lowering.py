@@ -217,6 +217,19 @@ def test_codes_of_two_and_three_bits_have_kernels(format):
     assert relative_error(actual, program(**{program.contract.inputs[0].name: x})[0]) < 2e-5
 
 
+def test_packed_attention_is_an_op_that_programs_may_call():
+    class Packed(nn.Module):
+        def forward(self, x, offsets):
+            return ops.packed_attention.target(x, x, x, offsets, offsets, None, None, 0.25, True)
+
+    inputs = (torch.randn(9, 2, 16), torch.tensor([0, 4, 9], dtype=torch.int32))
+    lowered = lowering.lower(capture(Packed(), inputs, dims={"x": {0: "tokens"}, "offsets": {0: "ends"}}))
+    (node,) = lowered.calls(ops.packed_attention.target)
+    assert BACKEND.supports(node, GPUS["cuda:sm_90"]).ok
+    planned = {launch.problem() for launch in plan.launches(lowered, OnKernels.device)}
+    assert relative_error(OnKernels(lowered, planned).run(*inputs)[0], Packed()(*inputs)) < 2e-5
+
+
 def test_a_measured_scale_reaches_the_integer_product():
     class Linear(nn.Module):
         def __init__(self):
