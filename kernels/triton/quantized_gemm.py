@@ -1,4 +1,4 @@
-"""Activations in floating point times weights in low-bit codes: a GEMV for one row, a tiled GEMM with split-K for more.
+"""Activations in floating point times weights in low-bit codes: a GEMV for one row, split-K for few, stream-K for more.
 
 Frantar et al. 2022, GPTQ, arXiv:2210.17323, and Lin et al. 2023, AWQ, arXiv:2306.00978, for the scheme; layout in
 `graphwright.packing`. A byte holds `parts` codes of one group, each from its own run of columns: one load serves as
@@ -9,6 +9,7 @@ Microscaling Formats 1.0).
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from graphwright import packing
+from graphwright.contract import dtype_name
 from graphwright.errors import BackendError
+from graphwright.kernels.triton import stream_k
 from graphwright.kernels.triton.device import Device
 from graphwright.kernels.triton.launch import (
     Config,
@@ -36,6 +39,8 @@ PARTS = {"int8": 1, "int4": 2, "int3": 4, "int2": 4}
 of twice as many."""
 
 MOST_SPLITS = 16
+MOST_SPLIT_ROWS = 64
+"""Rows up to which all tiles of a weight's outputs are split alike; more rows are streamed."""
 GROUP_SIZES = (16, 32768)
 """The smallest and largest group that a kernel serves."""
 
@@ -70,17 +75,12 @@ def decode(byte, high, part, table_ptr, scale, offset, PARTS: tl.constexpr):
 
 
 @triton.jit
-def gemm(
-    x_ptr, weight_ptr, scale_ptr, zero_ptr, table_ptr, bias_ptr, out_ptr,
-    rows, x_row, outputs, features, groups, steps,
+def multiply(
+    x_ptr, weight_ptr, scale_ptr, zero_ptr, table_ptr, row, output, start, end, rows, x_row, outputs, features, groups,
     PARTS: tl.constexpr, HIGH: tl.constexpr, GROUP_SIZE: tl.constexpr, SYMMETRIC_ZERO: tl.constexpr,
-    CHUNKS: tl.constexpr, EVEN: tl.constexpr, FINISH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    CHUNKS: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the result over `steps` chunks of the groups; split-K gives each split its own result."""
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(2)
+    """Float32 sums [BLOCK_M, BLOCK_N] over the chunks `start` … `end` of the groups, for some rows and outputs."""
     run: tl.constexpr = GROUP_SIZE // PARTS
     stride: tl.constexpr = run + run // 2 if HIGH else run
     wanted = output < outputs
@@ -88,8 +88,7 @@ def gemm(
     x_at = x_ptr + row.to(tl.int64)[:, None] * x_row
     weight_at = weight_ptr + output.to(tl.int64)[None, :] * (groups * stride)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    last = tl.minimum((split + 1) * steps, groups * CHUNKS)
-    for step in range(split * steps, last):
+    for step in range(start, end):
         group = step // CHUNKS
         within = step % CHUNKS * BLOCK_K + column
         weight_mask = wanted[None, :]
@@ -113,11 +112,69 @@ def gemm(
             x = tl.load(x_at + feature[None, :], mask=inside, other=0.0)
             weight = decode(byte, high, part, table_ptr, scale[None, :], offset, PARTS)
             total = tl.dot(x, weight.to(x.dtype), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def gemm(
+    x_ptr, weight_ptr, scale_ptr, zero_ptr, table_ptr, bias_ptr, out_ptr,
+    rows, x_row, outputs, features, groups, steps,
+    PARTS: tl.constexpr, HIGH: tl.constexpr, GROUP_SIZE: tl.constexpr, SYMMETRIC_ZERO: tl.constexpr,
+    CHUNKS: tl.constexpr, EVEN: tl.constexpr, FINISH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of the result over `steps` chunks of the groups; split-K gives each split its own result."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(2)
+    total = multiply(
+        x_ptr, weight_ptr, scale_ptr, zero_ptr, table_ptr, row, output,
+        split * steps, tl.minimum((split + 1) * steps, groups * CHUNKS), rows, x_row, outputs, features, groups,
+        PARTS, HIGH, GROUP_SIZE, SYMMETRIC_ZERO, CHUNKS, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     if FINISH and bias_ptr is not None:
-        total += tl.load(bias_ptr + output, mask=wanted, other=0.0).to(tl.float32)[None, :]
+        total += tl.load(bias_ptr + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
     here = (split.to(tl.int64) * rows + row)[:, None] * outputs + output[None, :]
-    stored = (row[:, None] < rows) & wanted[None, :]
+    stored = (row[:, None] < rows) & (output < outputs)[None, :]
     tl.store(out_ptr + here, total.to(out_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def stream_gemm(
+    x_ptr, weight_ptr, scale_ptr, zero_ptr, table_ptr, bias_ptr, out_ptr, parts_ptr,
+    rows, x_row, outputs, features, groups,
+    PARTS: tl.constexpr, HIGH: tl.constexpr, GROUP_SIZE: tl.constexpr, SYMMETRIC_ZERO: tl.constexpr,
+    CHUNKS: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """An even share of the steps of all tiles; what is cut goes to `parts_ptr`, for `stream_k.join`."""
+    steps = groups * CHUNKS
+    high_tiles = tl.cdiv(rows, BLOCK_M)
+    every = high_tiles * tl.cdiv(outputs, BLOCK_N) * steps
+    share = tl.cdiv(every, tl.num_programs(0))
+    first = tl.program_id(0) * share
+    last = tl.minimum(first + share, every)
+    for tile in range(first // steps, tl.cdiv(last, steps)):
+        start = tl.maximum(first - tile * steps, 0)
+        end = tl.minimum(last - tile * steps, steps)
+        place, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+        row, output = tile % high_tiles * BLOCK_M + place, tile // high_tiles * BLOCK_N + column
+        total = multiply(
+            x_ptr, weight_ptr, scale_ptr, zero_ptr, table_ptr, row, output, start, end,
+            rows, x_row, outputs, features, groups,
+            PARTS, HIGH, GROUP_SIZE, SYMMETRIC_ZERO, CHUNKS, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        if end - start == steps:
+            if bias_ptr is not None:
+                total += tl.load(bias_ptr + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
+            stored = (row[:, None] < rows) & (output < outputs)[None, :]
+            target = out_ptr + row.to(tl.int64)[:, None] * outputs + output[None, :]
+            tl.store(target, total.to(out_ptr.dtype.element_ty), mask=stored)
+        else:
+            # A program begins one tile in its middle at most, and leaves one unfinished: a place for each.
+            part = 2 * tl.program_id(0) + (start == 0).to(tl.int32)
+            # Offsets that were the same for every tile would be kept in registers through the product.
+            part_row = part * BLOCK_M + place
+            tl.store(parts_ptr + part_row[:, None] * BLOCK_N + column[None, :], total)
 
 
 @triton.jit
@@ -256,7 +313,8 @@ def linear(
         _gemv(run, arguments, constants, weight, outputs, groups)
     else:
         arguments |= {"rows": rows, "x_row": flat.stride(0)}
-        _gemm(run, arguments, constants, x, out, bias)
+        product = _gemm if rows <= MOST_SPLIT_ROWS else _stream_gemm
+        product(run, arguments, constants, x, out, bias)
     return out
 
 
@@ -315,31 +373,60 @@ def _gemv_configs(block: int) -> tuple[Config, ...]:
 def _gemm(
     run: Runner, arguments: dict[str, Any], constants: dict[str, Any], x: Tensor, out: Tensor, bias: Tensor | None
 ) -> None:
-    rows, outputs, groups = arguments["rows"], arguments["outputs"], arguments["groups"]
-    run_length = constants["GROUP_SIZE"] // constants["PARTS"]
-    block = max(16, min(next_power_of_2(run_length), _deepest(run.device, rows, x.dtype)))
-    chunks = cdiv(run_length, block)
-    steps = groups * chunks
+    rows, outputs = arguments["rows"], arguments["outputs"]
+    constants, steps = _in_steps(constants, arguments["groups"], run.device, rows, x.dtype)
     splits = split_k(rows, outputs, steps, run.device)
     per_split = cdiv(steps, splits)
     splits = cdiv(steps, per_split)
     finish = splits == 1
     parts = out if finish else torch.empty(splits, rows, outputs, dtype=torch.float32, device=out.device)
-    even = run_length % block == 0
     run(
         Launch(
             gemm,
             {**arguments, "steps": per_split, "out_ptr": parts, "bias_ptr": bias if finish else None},
-            {**constants, "CHUNKS": chunks, "EVEN": even, "FINISH": finish, "BLOCK_K": block},
+            {**constants, "FINISH": finish},
             configs(run.device, rows, x.dtype),
             lambda c: (cdiv(rows, c["BLOCK_M"]), cdiv(outputs, c["BLOCK_N"]), splits),
-            lambda c: _work(x, c, block, per_split, constants["PARTS"], constants["HIGH"]),
+            lambda c: _step(x.dtype, constants).work(c, per_split),
             matrix=x.dtype != torch.float32,
             static=frozenset(("outputs", "features", "groups", "x_row")),
         )
     )
     if not finish:
         join_splits(run, parts, bias, out)
+
+
+def _stream_gemm(
+    run: Runner, arguments: dict[str, Any], constants: dict[str, Any], x: Tensor, out: Tensor, bias: Tensor | None
+) -> None:
+    rows, outputs, device = arguments["rows"], arguments["outputs"], run.device
+    constants, steps = _in_steps(constants, arguments["groups"], device, rows, x.dtype)
+    step, choices = _step(x.dtype, constants), configs(device, rows, x.dtype)
+    counts = {config: stream_k.programs(rows, outputs, steps, config, device, step) for config in choices}
+    parts = stream_k.room(counts, rows, outputs, out)
+    used = run(
+        Launch(
+            stream_gemm,
+            {**arguments, "parts_ptr": parts},
+            constants,
+            choices,
+            lambda c: (counts[c],),
+            lambda c: step.work(c, steps * stream_k.tiles(rows, outputs, c) / counts[c]),
+            matrix=x.dtype != torch.float32,
+            static=frozenset(("outputs", "features", "groups", "x_row")),
+        )
+    )
+    stream_k.join_tiles(run, parts, bias, out, rows, steps, counts[used], used)
+
+
+def _in_steps(
+    constants: dict[str, Any], groups: int, device: Device, rows: int, dtype: torch.dtype
+) -> tuple[dict[str, Any], int]:
+    """The constants with those that cut the groups into steps, and the number of steps."""
+    run_length = constants["GROUP_SIZE"] // constants["PARTS"]
+    block = max(16, min(next_power_of_2(run_length), _deepest(device, rows, dtype)))
+    chunks = cdiv(run_length, block)
+    return {**constants, "CHUNKS": chunks, "EVEN": run_length % block == 0, "BLOCK_K": block}, groups * chunks
 
 
 def _deepest(device: Device, rows: int, dtype: torch.dtype) -> int:
@@ -368,7 +455,7 @@ def join_splits(run: Runner, parts: Tensor, bias: Tensor | None, out: Tensor) ->
 
 def split_k(rows: int, outputs: int, steps: int, device: Device) -> int:
     """Splits of the inner dimension that give every unit of the device work when there are few tiles."""
-    if rows > 64:
+    if rows > MOST_SPLIT_ROWS:
         return 1
     return max(1, min(2 * device.units // cdiv(outputs, 64), steps // 4, MOST_SPLITS))
 
@@ -390,13 +477,27 @@ def configs(device: Device, rows: int, dtype: torch.dtype) -> tuple[Config, ...]
     return tuple(Config.of(warps, stages, BLOCK_M=m, BLOCK_N=n) for m, n, warps, stages in dict.fromkeys(tiles))
 
 
-def _work(x: Tensor, config: Config, block: int, steps: int, parts: int, high: bool) -> Work:
-    features = block * parts * steps
-    flops = 2 * config["BLOCK_M"] * config["BLOCK_N"] * features
-    code = 1 / parts + (1 / 8 if high else 0)
-    moved = config["BLOCK_N"] * features * code + config["BLOCK_M"] * features * x.element_size() / 4
-    step = block * parts * (config["BLOCK_N"] * code + config["BLOCK_M"] * x.element_size())
-    return Work(flops, moved, str(x.dtype).removeprefix("torch."), step * max(1, config.num_stages - 1))
+@dataclass(frozen=True)
+class _Step:
+    """What one step over the inner dimension does: `parts` products of depth `block`."""
+
+    dtype: torch.dtype
+    block: int
+    parts: int
+    high: bool
+
+    def work(self, config: Config, steps: float) -> Work:
+        """The work of a block that takes so many steps."""
+        rows, outputs, size = config["BLOCK_M"], config["BLOCK_N"], self.dtype.itemsize
+        features = self.block * self.parts
+        code = 1 / self.parts + (1 / 8 if self.high else 0)
+        moved = features * (outputs * code + rows * size / 4)
+        flight = features * (outputs * code + rows * size) * max(1, config.num_stages - 1)
+        return Work(2 * rows * outputs * features * steps, moved * steps, dtype_name(self.dtype), flight)
+
+
+def _step(dtype: torch.dtype, constants: Mapping[str, Any]) -> _Step:
+    return _Step(dtype, constants["BLOCK_K"], constants["PARTS"], constants["HIGH"])
 
 
 def table_reference(x: Tensor, weight: Tensor, scale: Tensor, table: Tensor, group_size: int) -> Tensor:

@@ -82,7 +82,7 @@ class OnKernels(torch.fx.Interpreter):
     def __call__(self, launch):
         self.launched += 1
         assert launch.problem() in self._planned
-        self._run(launch)
+        return self._run(launch)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kernels.interpreted import TOLERANCE, runner
 
 from graphwright import packing
 from graphwright.errors import BackendError
-from graphwright.kernels.triton import quantized_gemm
+from graphwright.kernels.triton import quantized_gemm, stream_k
+from graphwright.kernels.triton.device import DEVICES
+from graphwright.kernels.triton.launch import Config, Recorder, Work
 from graphwright.numerics import relative_error
 from graphwright.op import OPS
 from graphwright.ops import quantized_linear as op
@@ -74,6 +78,84 @@ def test_splitting_the_inner_dimension_gives_the_whole():
     assert quantized_gemm.split_k(4, 16, 32, runner().device) == 8
     actual = quantized_gemm.quantized_linear(runner(), x, weight, scale, zero, bias, "int4", 32)
     assert relative_error(actual, op.reference(x, weight, scale, zero, bias, "int4", 32)) < 5e-5
+
+
+def streamed(monkeypatch, count, rows, outputs, features, dtype, number=1):
+    """A product of so many programs, as the op computes it in float32, and what it was computed from."""
+    monkeypatch.setattr(stream_k, "programs", lambda *_: count)
+    weight, scale, zero = weights("int4", 32, outputs, features, True)
+    args = (torch.randn(rows, features, dtype=dtype), weight, scale, zero, torch.randn(outputs), "int4", 32)
+    actual = quantized_gemm.quantized_linear(runner(number), *args)
+    return actual, op.reference(args[0].float(), *args[1:]), args
+
+
+@pytest.mark.parametrize(
+    ("count", "dtype"),
+    [(1, torch.float16), (4, torch.float16), (4, torch.float32), (6, torch.float16), (10, torch.float16)],
+)
+def test_an_even_share_for_any_number_of_programs(monkeypatch, count, dtype):
+    """Of 6 tiles of 5 steps: all by one program, cut, whole, and in two or three parts each."""
+    torch.manual_seed(0)
+    number, outputs = (0, 70) if dtype == torch.float32 else (5, 130)
+    actual, expected, args = streamed(monkeypatch, count, 70, outputs, 160, dtype, number)
+    assert relative_error(actual, expected) < TOLERANCE[dtype] * 2
+    assert torch.equal(quantized_gemm.quantized_linear(runner(number), *args), actual), "equal calls, equal bits"
+
+
+def test_one_tile_in_many_parts(monkeypatch):
+    torch.manual_seed(0)
+    actual, expected, _ = streamed(monkeypatch, 5, 65, 20, 320, torch.float16, 0)
+    assert relative_error(actual, expected) < 8e-3
+
+
+def test_what_a_cut_needs_is_planned_from_rows_that_are_not_cut():
+    def noted(rows, device):
+        recorder = Recorder(DEVICES["cuda:sm_90"])
+        x, scale = torch.empty(rows, 4096, device=device, dtype=torch.float16), torch.empty(512, 32, device=device)
+        weight = torch.empty(512, 2048, dtype=torch.uint8, device=device)
+        quantized_gemm.quantized_linear(recorder, x, weight, scale, None, None, "int4", 128)
+        return recorder.launches
+
+    cut, whole = noted(65, "cpu"), noted(16384, "cpu")
+    assert [launch.kernel for launch in cut] == [quantized_gemm.stream_gemm, stream_k.join]
+    assert [launch.kernel for launch in whole] == [quantized_gemm.stream_gemm]
+    assert {launch.problem() for launch in noted(16384, "meta")} == {launch.problem() for launch in cut}
+
+
+@given(whole=st.integers(1, 30), steps=st.integers(1, 20), share=st.integers(1, 50))
+@settings(deadline=None)
+def test_the_pieces_of_cut_tiles_are_counted(whole, steps, share):
+    owners = [{step // share for step in range(tile * steps, (tile + 1) * steps)} for tile in range(whole)]
+    expected = sum(len(programs) for programs in owners if len(programs) > 1)
+    assert stream_k.sums(whole, steps, share) <= 2 * expected
+    assert stream_k.sums(whole, steps, share) >= expected
+
+
+class Worked:
+    """A step of a product that takes as long to multiply as a device needs, and moves nothing to speak of."""
+
+    def work(self, config, steps):
+        return Work(2 * 128 * 128 * 64 * steps, 1000 * steps, "float16")
+
+
+@pytest.mark.parametrize("name", ["cuda:sm_80", "cuda:sm_90", "rocm:gfx942"])
+def test_the_time_model_streams_where_tiles_leave_units_idle(name):
+    device, config = DEVICES[name], Config.of(8, 3, BLOCK_M=128, BLOCK_N=128)
+
+    def programs(tiles, steps=256):
+        return stream_k.programs(128, 128 * tiles, steps, config, device, Worked())
+
+    units = device.units
+    assert programs(units) == units, "one tile for each"
+    assert programs(2 * units) == 2 * units
+    assert programs(60 * units + 1) == 60 * units + 1, "one more wave of sixty is not worth a cut"
+    assert programs(1, steps=4) == 1, "too short to share"
+    for tiles in (units // 4, units + 8, units + units // 2):
+        count = programs(tiles)
+        assert count != tiles
+        assert count <= 2 * units
+        share = -(-tiles * 256 // count)
+        assert (count - 1) * share < tiles * 256 <= count * share, "no program without a share"
 
 
 @pytest.mark.parametrize("values", [quantized_gemm.NF4, quantized_gemm.FP4], ids=["nf4", "fp4"])
