@@ -15,7 +15,7 @@ from torch import Tensor
 from graphwright.backends.triton.store import Entry
 from graphwright.errors import ArtifactError, BackendError
 from graphwright.kernels.triton.device import Device
-from graphwright.kernels.triton.launch import ALIGNMENT, Launch, Problem
+from graphwright.kernels.triton.launch import ALIGNMENT, Config, Launch, Problem
 
 LIBRARIES = {"cuda": ("libcuda.so.1",), "rocm": ("libamdhip64.so", "libamdhip64.so.7", "libamdhip64.so.6")}
 CALLS = {
@@ -85,8 +85,8 @@ class Binaries:
         self._driver = driver or Driver(device.target.kind)
         self._functions: dict[Problem, Any] = {}
 
-    def __call__(self, launch: Launch) -> None:
-        """Starts the kernel on the current stream.
+    def __call__(self, launch: Launch) -> Config:
+        """Starts the kernel on the current stream, and tells in which configuration.
 
         Raises:
             ArtifactError: no binary serves this launch.
@@ -102,13 +102,14 @@ class Binaries:
             )
         grid = launch.grid(entry.config)
         if 0 in grid:
-            return
+            return entry.config
         if problem not in self._functions:
             self._functions[problem] = self._driver.function(_read(entry.file), entry)
         values = [_value(name, kind, launch.arguments[name]) for name, kind in problem.types]
         threads = entry.config.num_warps * self.device.warp_size
         scratch = [ctypes.c_void_p(), ctypes.c_void_p()]
         self._driver.launch(self._functions[problem], grid, threads, entry.shared, _stream(), [*values, *scratch])
+        return entry.config
 
 
 def _read(file: Path) -> bytes:

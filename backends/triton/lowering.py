@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from graphwright import ops as semantic
+from graphwright import packing
 from graphwright.backend import Support
 from graphwright.backends.triton import ops
 from graphwright.backends.triton.experts import experts_as_products
@@ -118,7 +119,7 @@ def _weight_refusal(format: str, group_size: int) -> str:
     smallest, largest = quantized_gemm.GROUP_SIZES
     if format not in quantized_gemm.PARTS:
         return f"{format} weights have no kernel; there are kernels for {', '.join(quantized_gemm.PARTS)}"
-    fits = smallest <= group_size <= largest and group_size % quantized_gemm.PARTS[format] == 0
+    fits = smallest <= group_size <= largest and group_size % packing.FORMATS[format].unit == 0
     return "" if fits else f"groups of {group_size} have no kernel; there are kernels for {smallest} to {largest}"
 
 

@@ -231,6 +231,33 @@ def attention(
     return out.copy_(ops.attention.reference(query, key, value, *arguments, softcap, anchors, block))
 
 
+@define(flash_attention.packed_attention)
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int = 0,
+    chunk: int = 0,
+    prefix: int = 0,
+    softcap: float = 0.0,
+    anchors: int = 0,
+    block: int = 0,
+) -> Tensor:
+    """Attention within sequences that lie one after the other; see `flash_attention.packed_attention`."""
+    if isinstance(query, torch._subclasses.FakeTensor):
+        return query.new_empty(query.shape[0], query.shape[1], value.shape[2])
+    options = (scale, causal, window, chunk, prefix, softcap, anchors, block)
+    return flash_attention.packed_reference(
+        query, key, value, query_offsets, key_offsets, alibi_slopes, sinks, *options
+    )  # fmt: skip
+
+
 @define(quantized_gemm.quantized_linear)
 def quantized_linear(
     x: Tensor,

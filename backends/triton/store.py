@@ -15,7 +15,7 @@ from graphwright.kernels.triton.launch import Config, Problem
 
 INDEX = "index.json"
 
-TELLING = ("ACTIVATION", "GROUP_SIZE", "HEAD_DIM", "PARTS", "ROTARY", "WIDTH")
+TELLING = ("ACTIVATION", "GROUP_SIZE", "HEAD_DIM", "HIGH", "PARTS", "ROTARY", "WIDTH")
 """Constants that tell people which calls a kernel is for."""
 
 

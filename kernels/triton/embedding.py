@@ -11,27 +11,33 @@ from torch import Tensor
 from graphwright import packing
 from graphwright.errors import BackendError
 from graphwright.kernels.triton.launch import Config, Launch, Runner, Work, cdiv, check_device, meta
-from graphwright.kernels.triton.quantized_gemm import PARTS, decode
+from graphwright.kernels.triton.quantized_gemm import PARTS, decode, load_high
 
 
 @triton.jit
 def look_up(
     index_ptr, weight_ptr, scale_ptr, zero_ptr, out_ptr, width, groups,
-    PARTS: tl.constexpr, GROUP_SIZE: tl.constexpr, SYMMETRIC_ZERO: tl.constexpr, BLOCK: tl.constexpr,
+    PARTS: tl.constexpr, HIGH: tl.constexpr, GROUP_SIZE: tl.constexpr, SYMMETRIC_ZERO: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Part of one row."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     run: tl.constexpr = GROUP_SIZE // PARTS
+    stride: tl.constexpr = run + run // 2 if HIGH else run
     row = tl.load(index_ptr + token).to(tl.int64)
     group, within = column // GROUP_SIZE, column % GROUP_SIZE
-    byte = tl.load(weight_ptr + row * groups * run + group * run + within % run, mask=inside, other=0)
+    group_at = weight_ptr + row * groups * stride + group * stride
+    byte = tl.load(group_at + within % run, mask=inside, other=0)
+    high = None
+    if HIGH:
+        high = load_high(group_at + run, within % run, inside, run)
     scale = tl.load(scale_ptr + row * groups + group, mask=inside, other=0.0).to(tl.float32)
     zero = SYMMETRIC_ZERO
     if zero_ptr is not None:
         zero = tl.load(zero_ptr + row * groups + group, mask=inside, other=0.0).to(tl.float32)
-    result = decode(byte, within // run, None, scale, -zero * scale, PARTS)
+    result = decode(byte, high, within // run, None, scale, -zero * scale, PARTS)
     tl.store(out_ptr + token * width + column, result.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -61,10 +67,11 @@ def quantized_embedding(
             look_up,
             {"index_ptr": indices.contiguous(), "weight_ptr": weight, "scale_ptr": scale, "zero_ptr": zero_point,
              "out_ptr": out, "width": embedding_dim, "groups": scale.shape[1]},
-            {"PARTS": PARTS[format], "GROUP_SIZE": group_size, "SYMMETRIC_ZERO": float(packing.FORMATS[format].zero)},
+            {"PARTS": PARTS[format], "HIGH": format == "int3", "GROUP_SIZE": group_size,
+             "SYMMETRIC_ZERO": float(packing.FORMATS[format].zero)},
             (Config.of(4, BLOCK=1024), Config.of(4, BLOCK=512), Config.of(2, BLOCK=256)),
             lambda c: (tokens, cdiv(embedding_dim, c["BLOCK"])),
-            lambda c: Work(4 * c["BLOCK"], c["BLOCK"] * (dtype.itemsize + 1 / PARTS[format])),
+            lambda c: Work(4 * c["BLOCK"], c["BLOCK"] * (dtype.itemsize + packing.FORMATS[format].bits / 8)),
             static=frozenset(("width", "groups")),
         )
     )  # fmt: skip

@@ -4,8 +4,12 @@ Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691. Serves every mask
 causal, sliding window, chunks, prefix, padding and ragged batches by positions, soft cap, bias, alibi, sinks, grouped
 heads. Where positions are given, a block first looks for the range of keys that its queries can reach at all, so
 padding, unused cache slots and keys outside a window cost nothing but reading their positions.
+
+Sequences of different lengths can also lie one after the other, without padding, with offsets that say where each
+begins (Dao 2023): `packed_attention`, the same kernel, whose blocks find their sequence by counting.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,6 +35,7 @@ from graphwright.kernels.triton.launch import (
     strides,
 )
 from graphwright.kernels.triton.scores import accumulate, in_powers_of_two, join_sink, reachable, visible
+from graphwright.ops import attention as semantic
 
 LARGEST_HEAD = 256
 """Channels of a head whose tiles fit the shared memory of every target."""
@@ -81,8 +86,28 @@ def attend(
 
 
 @triton.jit
+def find_sequence(offsets_ptr, sequences, block, BLOCK_M: tl.constexpr, SCAN: tl.constexpr):
+    """The sequence that block `block` of packed rows belongs to, and its number there; `sequences` for one too many.
+
+    Every sequence begins a block of its own, so an empty one has none.
+    """
+    sequence, before, ahead = 0, 0, 0
+    for first in range(0, sequences, SCAN):
+        item = first + tl.arange(0, SCAN)
+        start = tl.load(offsets_ptr + item, mask=item < sequences, other=0).to(tl.int32)
+        end = tl.load(offsets_ptr + item + 1, mask=item < sequences, other=0).to(tl.int32)
+        blocks = (end - start + BLOCK_M - 1) // BLOCK_M
+        passed = (item < sequences) & (ahead + tl.cumsum(blocks, axis=0) <= block)
+        sequence += tl.sum(passed.to(tl.int32), axis=0)
+        before += tl.sum(tl.where(passed, blocks, 0), axis=0)
+        ahead += tl.sum(blocks, axis=0)
+    return sequence, block - before
+
+
+@triton.jit
 def flash_attention(
     query_ptr, key_ptr, value_ptr, out_ptr, query_positions_ptr, key_positions_ptr, bias_ptr, slopes_ptr, sinks_ptr,
+    query_offsets_ptr, key_offsets_ptr, sequences,
     heads, length, keys, q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t, bias_b, bias_h, bias_s, bias_t,
     query_positions_b, key_positions_b, scale, softcap, window, chunk, prefix,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -90,10 +115,24 @@ def flash_attention(
     PREFIXED: tl.constexpr, CAPPED: tl.constexpr, ANCHORS: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one head."""
+    """One block of queries of one head; with offsets, of one sequence among `sequences` that are packed."""
     # The last queries of a causal block row have the most work: they start first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    first_row = batch * length
+    shift = 0
+    if query_offsets_ptr is not None:
+        sequence, block = find_sequence(query_offsets_ptr, sequences, block, BLOCK_M, 64)
+        # A block too many has no rows and no keys.
+        there = sequence < sequences
+        first_row = tl.load(query_offsets_ptr + sequence, mask=there, other=0).to(tl.int64)
+        first_key = tl.load(key_offsets_ptr + sequence, mask=there, other=0).to(tl.int64)
+        length = (tl.load(query_offsets_ptr + sequence + 1, mask=there, other=0) - first_row).to(tl.int32)
+        keys = (tl.load(key_offsets_ptr + sequence + 1, mask=there, other=0) - first_key).to(tl.int32)
+        shift = tl.maximum(keys - length, 0)
+        query_ptr += first_row * q_s
+        key_ptr += first_key * k_t
+        value_ptr += first_key * v_t
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     channel, value_channel = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     here = row.to(tl.int64)[:, None]
@@ -114,7 +153,7 @@ def flash_attention(
         places = query_positions_ptr + batch * query_positions_b + row
         query_at = tl.load(places, mask=row < length, other=-1).to(tl.int32)
     else:
-        query_at = tl.where(row < length, row, -1)
+        query_at = tl.where(row < length, row + shift, -1)
     indexed: tl.constexpr = (query_positions_ptr is None) and (key_positions_ptr is None)
     whole: tl.constexpr = indexed and not (WINDOWED or CHUNKED or PREFIXED)
     last_query = tl.max(query_at)
@@ -171,7 +210,7 @@ def flash_attention(
         # Keys that every query of the block sees need no mask.
         middle = keys // BLOCK_N * BLOCK_N
         if CAUSAL:
-            middle = tl.minimum(middle, block * BLOCK_M // BLOCK_N * BLOCK_N)
+            middle = tl.minimum(middle, (block * BLOCK_M + shift) // BLOCK_N * BLOCK_N)
         total, largest, mixed = attend(
             start, middle, query, query_at, slope, total, largest, mixed,
             key_ptr, value_ptr, key_positions_ptr, bias_ptr,
@@ -191,7 +230,7 @@ def flash_attention(
         sink = tl.load(sinks_ptr + head).to(tl.float32) + tl.zeros([BLOCK_M], tl.float32)
         total, largest, mixed = join_sink(sink, total, largest, mixed)
     result = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
-    target = out_ptr + ((batch * length + here) * heads + head) * VALUE_DIM + value_channel[None, :]
+    target = out_ptr + ((first_row + here) * heads + head) * VALUE_DIM + value_channel[None, :]
     stored = (row[:, None] < length) & (value_channel[None, :] < VALUE_DIM)
     tl.store(target, result.to(out_ptr.dtype.element_ty), mask=stored)
 
@@ -248,39 +287,181 @@ def attention(
     spread = None if bias is None else bias.expand(batch, heads, length, keys)
     out = empty_result(query, value_dim)
     bias_strides = (0, 0, 0, 0) if spread is None else spread.stride()
+    arguments = {
+        "query_ptr": q, "key_ptr": k, "value_ptr": v, "out_ptr": out,
+        "query_positions_ptr": contiguous(query_positions), "key_positions_ptr": contiguous(key_positions),
+        "bias_ptr": spread, "slopes_ptr": alibi_slopes, "sinks_ptr": sinks,
+        "query_offsets_ptr": None, "key_offsets_ptr": None, "sequences": None,
+        "heads": heads, "length": length, "keys": keys,
+        **strides("q", q, "bhs"), **strides("k", k, "bht"), **strides("v", v, "bht"),
+        **{f"bias_{letter}": stride for letter, stride in zip("bhst", bias_strides, strict=True)},
+        "query_positions_b": row_stride(query_positions), "key_positions_b": row_stride(key_positions),
+        "scale": float(scale), "softcap": float(softcap), "window": window, "chunk": chunk, "prefix": prefix,
+    }  # fmt: skip
+    constants = _constants(head_dim, value_dim, heads // key.shape[1], causal, window, chunk, prefix, softcap)
     run(
         Launch(
             flash_attention,
-            {
-                "query_ptr": q, "key_ptr": k, "value_ptr": v, "out_ptr": out,
-                "query_positions_ptr": contiguous(query_positions), "key_positions_ptr": contiguous(key_positions),
-                "bias_ptr": spread, "slopes_ptr": alibi_slopes, "sinks_ptr": sinks,
-                "heads": heads, "length": length, "keys": keys,
-                **strides("q", q, "bhs"), **strides("k", k, "bht"), **strides("v", v, "bht"),
-                **{f"bias_{letter}": stride for letter, stride in zip("bhst", bias_strides, strict=True)},
-                "query_positions_b": row_stride(query_positions), "key_positions_b": row_stride(key_positions),
-                "scale": float(scale), "softcap": float(softcap), "window": window, "chunk": chunk, "prefix": prefix,
-            },
-            {
-                "HEAD_DIM": head_dim, "VALUE_DIM": value_dim, "GROUPS": heads // key.shape[1],
-                "BLOCK_D": max(16, next_power_of_2(head_dim)), "BLOCK_V": max(16, next_power_of_2(value_dim)),
-                "CAUSAL": causal, "WINDOWED": window > 0, "CHUNKED": chunk > 0, "PREFIXED": prefix > 0,
-                "CAPPED": softcap > 0, "ANCHORS": anchors if window or chunk else 0, "WINDOW_BLOCK": block,
-            },
+            arguments,
+            {**constants, "ANCHORS": anchors if window or chunk else 0, "WINDOW_BLOCK": block},
             configs(run.device, max(head_dim, value_dim), query.dtype),
             lambda c: (cdiv(length, c["BLOCK_M"]), batch * heads),
-            lambda c: _work(query, keys, value_dim, causal, window, anchors, c),
+            lambda c: _work(query, length, keys, value_dim, causal, window, anchors, c),
             matrix=query.dtype != torch.float32,
-            static=fixed(head_dim, "q_b", "q_h", "q_s", "k_b", "k_h", "k_t")
-            | fixed(value_dim, "v_b", "v_h", "v_t"),
+            static=_static(head_dim, value_dim),
         )
-    )  # fmt: skip
+    )
     return out
 
 
-def _work(query: Tensor, keys: int, value_dim: int, causal: bool, window: int, anchors: int, config: Config) -> Work:
-    head_dim = query.shape[3]
-    length = min(query.shape[2], config["BLOCK_M"])
+def packed_attention(
+    run: Runner,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int = 0,
+    chunk: int = 0,
+    prefix: int = 0,
+    softcap: float = 0.0,
+    anchors: int = 0,
+    block: int = 0,
+) -> Tensor:
+    """Attention within each of N sequences whose queries and keys lie one after the other; [S, H, Dv].
+
+    A sequence's last query stands at its last key, so queries may continue keys that are already there; where queries
+    outnumber keys, both begin at position 0. All else is as `graphwright.ops.attention` says.
+
+    Args:
+        run: runs the launches.
+        query: [S, H, D], the queries of all sequences.
+        key: [T, Hkv, D], H a multiple of Hkv.
+        value: [T, Hkv, Dv].
+        query_offsets: int32 or int64 [N + 1], not descending, from 0 to S: where each sequence's queries begin.
+        key_offsets: the same for keys, from 0 to T.
+        alibi_slopes: [H] or None.
+        sinks: [H] or None.
+        scale: factor on query · key.
+        causal: a query sees no later key.
+        window: sliding window, 0 for none.
+        chunk: a query sees its own chunk of positions only, 0 for none.
+        prefix: the first positions of a sequence that all its queries see although causal.
+        softcap: bound of the scores, 0 for none.
+        anchors: positions of a sequence that see and are seen in spite of window and chunk.
+        block: positions per block of the window, 0 for single positions.
+
+    Raises:
+        BackendError: a head that is too wide, heads that are no multiple of the key-value heads, or offsets that do
+            not fit the tensors; on a GPU their values are not looked at, which would wait for it.
+    """
+    check_device(query=query, key=key, value=value, query_offsets=query_offsets, key_offsets=key_offsets)
+    check_heads(*(x.transpose(0, 1)[None] for x in (query, key, value)))
+    check_offsets(query, key, query_offsets, key_offsets)
+    (total, heads, head_dim), value_dim = query.shape, value.shape[2]
+    sequences = query_offsets.shape[0] - 1
+    q, k, v = dense(query), dense(key), dense(value)
+    out = query.new_empty(total, heads, value_dim)
+    arguments = {
+        "query_ptr": q, "key_ptr": k, "value_ptr": v, "out_ptr": out,
+        "query_positions_ptr": None, "key_positions_ptr": None, "bias_ptr": None,
+        "slopes_ptr": alibi_slopes, "sinks_ptr": sinks,
+        "query_offsets_ptr": query_offsets.contiguous(), "key_offsets_ptr": key_offsets.contiguous(),
+        "sequences": sequences, "heads": heads, "length": 0, "keys": 0,
+        "q_b": 0, "k_b": 0, "v_b": 0, **strides("q", q, "sh"), **strides("k", k, "th"), **strides("v", v, "th"),
+        "bias_b": 0, "bias_h": 0, "bias_s": 0, "bias_t": 0, "query_positions_b": 0, "key_positions_b": 0,
+        "scale": float(scale), "softcap": float(softcap), "window": window, "chunk": chunk, "prefix": prefix,
+    }  # fmt: skip
+    constants = _constants(head_dim, value_dim, heads // key.shape[1], causal, window, chunk, prefix, softcap)
+    length, keys = cdiv(total, max(sequences, 1)), cdiv(key.shape[0], max(sequences, 1))
+    if total == 0:
+        return out
+    run(
+        Launch(
+            flash_attention,
+            arguments,
+            {**constants, "ANCHORS": anchors if window or chunk else 0, "WINDOW_BLOCK": block},
+            configs(run.device, max(head_dim, value_dim), query.dtype),
+            # As many blocks as any lengths need that add up to `total`.
+            lambda c: ((total + sequences * (c["BLOCK_M"] - 1)) // c["BLOCK_M"], heads),
+            lambda c: _work(query, length, keys, value_dim, causal, window, anchors, c),
+            matrix=query.dtype != torch.float32,
+            static=_static(head_dim, value_dim),
+        )
+    )
+    return out
+
+
+def packed_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    *mask: Any,
+) -> Tensor:
+    """`packed_attention` as one attention for each sequence; arguments as there."""
+    check_offsets(query, key, query_offsets, key_offsets)
+    out = query.new_empty(query.shape[0], query.shape[1], value.shape[2])
+    rows, keys = (itertools.pairwise(offsets.tolist()) for offsets in (query_offsets, key_offsets))
+    for (first, last), (start, end) in zip(rows, keys, strict=True):
+        parts = (query[first:last], key[start:end], value[start:end])
+        at = torch.arange(last - first, device=query.device)[None] + max(end - start - (last - first), 0)
+        result = semantic.reference(
+            *(x.transpose(0, 1)[None] for x in parts), at, None, None, alibi_slopes, sinks, *mask
+        )  # fmt: skip
+        out[first:last] = result[0].transpose(0, 1)
+    return out
+
+
+def check_offsets(query: Tensor, key: Tensor, query_offsets: Tensor, key_offsets: Tensor) -> None:
+    """Refuses offsets that do not cut `query` and `key` into as many sequences.
+
+    Raises:
+        BackendError: lengths or dtypes that do not fit; on a CPU also values that descend or end elsewhere.
+    """
+    if query_offsets.ndim != 1 or query_offsets.shape != key_offsets.shape or query_offsets.shape[0] < 1:
+        raise BackendError(
+            f"Offsets of queries {list(query_offsets.shape)} and of keys {list(key_offsets.shape)} do not agree",
+            fix="Give both one more entry than there are sequences",
+        )
+    for name, offsets, rows in (("query", query_offsets, query.shape[0]), ("key", key_offsets, key.shape[0])):
+        if offsets.dtype not in (torch.int32, torch.int64):
+            raise BackendError(f"{name}_offsets are {offsets.dtype}", fix="Give int32 or int64")
+        if offsets.device.type != "cpu":
+            continue
+        if offsets[0] != 0 or offsets[-1] != rows or (offsets.diff() < 0).any():
+            raise BackendError(
+                f"{name}_offsets are {offsets.tolist()} for {rows} rows",
+                fix="Let them rise from 0 to the last row's end",
+            )
+
+
+def _constants(
+    head_dim: int, value_dim: int, groups: int, causal: bool, window: int, chunk: int, prefix: int, softcap: float
+) -> dict[str, Any]:
+    return {
+        "HEAD_DIM": head_dim, "VALUE_DIM": value_dim, "GROUPS": groups,
+        "BLOCK_D": max(16, next_power_of_2(head_dim)), "BLOCK_V": max(16, next_power_of_2(value_dim)),
+        "CAUSAL": causal, "WINDOWED": window > 0, "CHUNKED": chunk > 0, "PREFIXED": prefix > 0, "CAPPED": softcap > 0,
+    }  # fmt: skip
+
+
+def _static(head_dim: int, value_dim: int) -> frozenset[str]:
+    return fixed(head_dim, "q_b", "q_h", "q_s", "k_b", "k_h", "k_t") | fixed(value_dim, "v_b", "v_h", "v_t")
+
+
+def _work(
+    query: Tensor, length: int, keys: int, value_dim: int, causal: bool, window: int, anchors: int, config: Config
+) -> Work:
+    head_dim = query.shape[-1]
+    length = min(length, config["BLOCK_M"])
     # Half of the scores of a causal block row are never computed, as far as the block's height allows.
     seen = min(keys, keys / 2 + config["BLOCK_M"]) if causal else keys
     if window:
@@ -330,6 +511,12 @@ def _shape(run: Runner, dtype: torch.dtype, head_dim: int, positions: bool = Fal
     return attention(run, query, key, key, at, at, None, None, mask.pop("sinks", None), 0.1, True, **mask)
 
 
+def _packed_shape(run: Runner, dtype: torch.dtype, head_dim: int, **mask: Any) -> Tensor:
+    query, key = meta(dtype, 4096, 32, head_dim), meta(dtype, 4096, 8, head_dim)
+    offsets = meta(torch.int32, 9)
+    return packed_attention(run, query, key, key, offsets, offsets, None, None, 0.1, True, **mask)
+
+
 SHAPES: Mapping[str, Callable[[Runner, torch.dtype], Any]] = {
     "head_dim 64 causal": lambda run, dtype: _shape(run, dtype, 64),
     "head_dim 128 causal": lambda run, dtype: _shape(run, dtype, 128),
@@ -341,5 +528,7 @@ SHAPES: Mapping[str, Callable[[Runner, torch.dtype], Any]] = {
         run, dtype, 128, positions=True, window=256, anchors=4
     ),
     "head_dim 80 causal": lambda run, dtype: _shape(run, dtype, 80),
+    "head_dim 128 packed": lambda run, dtype: _packed_shape(run, dtype, 128),
+    "head_dim 80 packed, window, softcap": lambda run, dtype: _packed_shape(run, dtype, 80, window=512, softcap=30.0),
     "head_dim 256 causal": lambda run, dtype: _shape(run, dtype, 256),
 }

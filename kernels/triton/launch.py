@@ -169,8 +169,8 @@ class Runner(Protocol):
 
     device: Device
 
-    def __call__(self, launch: Launch) -> None:
-        """Runs the launch, or notes it down."""
+    def __call__(self, launch: Launch) -> Config:
+        """Runs the launch, or notes it down; the configuration it runs in, which what follows may depend on."""
         ...
 
 
@@ -186,7 +186,7 @@ class JustInTime:
     choose: Callable[[Launch, Device], Config]
     chosen: dict[Problem, Config] = field(default_factory=dict)
 
-    def __call__(self, launch: Launch) -> None:
+    def __call__(self, launch: Launch) -> Config:
         """Runs the launch in the configuration chosen for its problem."""
         problem = launch.problem()
         if problem not in self.chosen:
@@ -199,6 +199,7 @@ class JustInTime:
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
+        return config
 
 
 @dataclass
@@ -208,9 +209,10 @@ class Recorder:
     device: Device
     launches: list[Launch] = field(default_factory=list)
 
-    def __call__(self, launch: Launch) -> None:
-        """Keeps the launch."""
+    def __call__(self, launch: Launch) -> Config:
+        """Keeps the launch; any configuration may be the one it will run in."""
         self.launches.append(launch)
+        return launch.configs[0]
 
 
 def cdiv(a: int, b: int) -> int:

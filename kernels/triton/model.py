@@ -10,7 +10,7 @@ from the registers and shared memory that the compiler really used.
 from dataclasses import dataclass
 
 from graphwright.kernels.triton.device import Device
-from graphwright.kernels.triton.launch import Config, Launch, cdiv
+from graphwright.kernels.triton.launch import Config, Launch, Work, cdiv
 
 REGISTERS_PER_WARP_STEP = 256
 BLOCKS_PER_UNIT = 32
@@ -51,13 +51,17 @@ def occupancy(config: Config, usage: Usage, device: Device) -> float:
 
 def seconds(launch: Launch, config: Config, device: Device, usage: Usage | None = None) -> float:
     """Modelled time of one launch; infinite for a configuration that does not fit the device."""
-    held = resident(config, usage or Usage(), device)
-    if held == 0:
-        return float("inf")
-    work = launch.work(config)
     blocks = 1
     for size in launch.grid(config):
         blocks *= size
+    return blocks_seconds(blocks, launch.work(config), config, device, usage)
+
+
+def blocks_seconds(blocks: int, work: Work, config: Config, device: Device, usage: Usage | None = None) -> float:
+    """Modelled time of a launch of `blocks` that each do `work`; infinite for what does not fit the device."""
+    held = resident(config, usage or Usage(), device)
+    if held == 0:
+        return float("inf")
     waves = cdiv(blocks, held * device.units)
     busy = min(blocks / waves, held * device.units)
     # Blocks of one wave spread over the units before they share one.
@@ -66,6 +70,12 @@ def seconds(launch: Launch, config: Config, device: Device, usage: Usage | None 
     in_flight = busy * (min(work.in_flight, work.bytes) or work.bytes)
     bandwidth = min(device.target.bandwidth, in_flight / MEMORY_LATENCY)
     return LATENCY + waves * max(work.flops * busy / rate, work.bytes * busy / bandwidth)
+
+
+def fullest_unit_seconds(blocks: int, work: Work, device: Device) -> float:
+    """Arithmetic of the unit with the most of `blocks`, while others may have run out of them."""
+    rate = device.target.flops.get(work.unit, device.target.flops["float32"]) / device.units
+    return cdiv(blocks, device.units) * work.flops / rate
 
 
 def rank(launch: Launch, device: Device) -> list[Config]:

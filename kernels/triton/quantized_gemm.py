@@ -1,13 +1,15 @@
-"""Activations in floating point times weights in low-bit codes: a GEMV for one row, a tiled GEMM with split-K for more.
+"""Activations in floating point times weights in low-bit codes: a GEMV for one row, split-K for few, stream-K for more.
 
 Frantar et al. 2022, GPTQ, arXiv:2210.17323, and Lin et al. 2023, AWQ, arXiv:2306.00978, for the scheme; layout in
 `graphwright.packing`. A byte holds `parts` codes of one group, each from its own run of columns: one load serves as
-many matrix products, on contiguous runs of the activations. Codes stand for (code - zero_point) * scale, or, with a
+many matrix products, on contiguous runs of the activations. Codes of three bits lie in two planes, of low bits and of
+high ones, which are put together as they are read. Codes stand for (code - zero_point) * scale, or, with a
 table, for table[code] * scale: NormalFloat (Dettmers et al. 2023, arXiv:2305.14314) and FP4 in blocks of 32 (OCP
 Microscaling Formats 1.0).
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from graphwright import packing
+from graphwright.contract import dtype_name
 from graphwright.errors import BackendError
+from graphwright.kernels.triton import stream_k
 from graphwright.kernels.triton.device import Device
 from graphwright.kernels.triton.launch import (
     Config,
@@ -30,21 +34,39 @@ from graphwright.kernels.triton.launch import (
     rows_of,
 )
 
-PARTS = {"int8": 1, "int4": 2}
-"""Codes in a byte by weight format."""
+PARTS = {"int8": 1, "int4": 2, "int3": 4, "int2": 4}
+"""Codes in a byte by weight format; of int3 their low two bits, and a byte of the plane behind them holds the high bits
+of twice as many."""
 
 MOST_SPLITS = 16
+MOST_SPLIT_ROWS = 64
+"""Rows up to which all tiles of a weight's outputs are split alike; more rows are streamed."""
 GROUP_SIZES = (16, 32768)
 """The smallest and largest group that a kernel serves."""
 
 
 @triton.jit
-def decode(byte, part, table_ptr, scale, offset, PARTS: tl.constexpr):
-    """Weights in float32 from bytes; `scale` and `offset` = -zero_point * scale broadcast to them."""
+def load_high(plane, within, mask, RUN: tl.constexpr):
+    """Bytes whose bit 2 * part is the high bit of the three-bit code at `within` in run `part` of a group.
+
+    The high bits of a run of low ones are two runs of their own, half as long.
+    """
+    half: tl.constexpr = RUN // 2
+    return tl.load(plane + within % half, mask=mask, other=0).to(tl.int32) >> (within // half)
+
+
+@triton.jit
+def decode(byte, high, part, table_ptr, scale, offset, PARTS: tl.constexpr):
+    """Weights in float32 from bytes; `scale` and `offset` = -zero_point * scale broadcast to them.
+
+    `high` is what `load_high` gives, or None where the codes lie in one plane.
+    """
     if PARTS == 1:
         codes = byte
     else:
         codes = (byte.to(tl.int32) >> (part * (8 // PARTS))) & ((1 << (8 // PARTS)) - 1)
+    if high is not None:
+        codes = codes | (((high >> (2 * part)) & 1) << 2)
     if table_ptr is not None:
         weights = tl.load(table_ptr + codes.to(tl.int32)) * scale
     else:
@@ -53,31 +75,29 @@ def decode(byte, part, table_ptr, scale, offset, PARTS: tl.constexpr):
 
 
 @triton.jit
-def gemm(
-    x_ptr, weight_ptr, scale_ptr, zero_ptr, table_ptr, bias_ptr, out_ptr,
-    rows, x_row, outputs, features, groups, steps,
-    PARTS: tl.constexpr, GROUP_SIZE: tl.constexpr, SYMMETRIC_ZERO: tl.constexpr, CHUNKS: tl.constexpr,
-    EVEN: tl.constexpr, FINISH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+def multiply(
+    x_ptr, weight_ptr, scale_ptr, zero_ptr, table_ptr, row, output, start, end, rows, x_row, outputs, features, groups,
+    PARTS: tl.constexpr, HIGH: tl.constexpr, GROUP_SIZE: tl.constexpr, SYMMETRIC_ZERO: tl.constexpr,
+    CHUNKS: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the result over `steps` chunks of the groups; split-K gives each split its own result."""
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(2)
+    """Float32 sums [BLOCK_M, BLOCK_N] over the chunks `start` … `end` of the groups, for some rows and outputs."""
     run: tl.constexpr = GROUP_SIZE // PARTS
+    stride: tl.constexpr = run + run // 2 if HIGH else run
     wanted = output < outputs
     column = tl.arange(0, BLOCK_K)
     x_at = x_ptr + row.to(tl.int64)[:, None] * x_row
-    weight_at = weight_ptr + output.to(tl.int64)[None, :] * (groups * run)
+    weight_at = weight_ptr + output.to(tl.int64)[None, :] * (groups * stride)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    last = tl.minimum((split + 1) * steps, groups * CHUNKS)
-    for step in range(split * steps, last):
+    for step in range(start, end):
         group = step // CHUNKS
         within = step % CHUNKS * BLOCK_K + column
         weight_mask = wanted[None, :]
         if not EVEN:
             weight_mask = weight_mask & (within[:, None] < run)
-        byte = tl.load(weight_at + (group * run + within)[:, None], mask=weight_mask, other=0)
+        byte = tl.load(weight_at + (group * stride + within)[:, None], mask=weight_mask, other=0)
+        high = None
+        if HIGH:
+            high = load_high(weight_at + group * stride + run, within[:, None], weight_mask, run)
         scale = tl.load(scale_ptr + output * groups + group, mask=wanted, other=0.0).to(tl.float32)
         if zero_ptr is not None:
             zero = tl.load(zero_ptr + output * groups + group, mask=wanted, other=0.0).to(tl.float32)
@@ -90,29 +110,88 @@ def gemm(
             if not EVEN:
                 inside = inside & (within[None, :] < run)
             x = tl.load(x_at + feature[None, :], mask=inside, other=0.0)
-            weight = decode(byte, part, table_ptr, scale[None, :], offset, PARTS)
+            weight = decode(byte, high, part, table_ptr, scale[None, :], offset, PARTS)
             total = tl.dot(x, weight.to(x.dtype), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def gemm(
+    x_ptr, weight_ptr, scale_ptr, zero_ptr, table_ptr, bias_ptr, out_ptr,
+    rows, x_row, outputs, features, groups, steps,
+    PARTS: tl.constexpr, HIGH: tl.constexpr, GROUP_SIZE: tl.constexpr, SYMMETRIC_ZERO: tl.constexpr,
+    CHUNKS: tl.constexpr, EVEN: tl.constexpr, FINISH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of the result over `steps` chunks of the groups; split-K gives each split its own result."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    output = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(2)
+    total = multiply(
+        x_ptr, weight_ptr, scale_ptr, zero_ptr, table_ptr, row, output,
+        split * steps, tl.minimum((split + 1) * steps, groups * CHUNKS), rows, x_row, outputs, features, groups,
+        PARTS, HIGH, GROUP_SIZE, SYMMETRIC_ZERO, CHUNKS, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     if FINISH and bias_ptr is not None:
-        total += tl.load(bias_ptr + output, mask=wanted, other=0.0).to(tl.float32)[None, :]
+        total += tl.load(bias_ptr + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
     here = (split.to(tl.int64) * rows + row)[:, None] * outputs + output[None, :]
-    stored = (row[:, None] < rows) & wanted[None, :]
+    stored = (row[:, None] < rows) & (output < outputs)[None, :]
     tl.store(out_ptr + here, total.to(out_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def stream_gemm(
+    x_ptr, weight_ptr, scale_ptr, zero_ptr, table_ptr, bias_ptr, out_ptr, parts_ptr,
+    rows, x_row, outputs, features, groups,
+    PARTS: tl.constexpr, HIGH: tl.constexpr, GROUP_SIZE: tl.constexpr, SYMMETRIC_ZERO: tl.constexpr,
+    CHUNKS: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """An even share of the steps of all tiles; what is cut goes to `parts_ptr`, for `stream_k.join`."""
+    steps = groups * CHUNKS
+    high_tiles = tl.cdiv(rows, BLOCK_M)
+    every = high_tiles * tl.cdiv(outputs, BLOCK_N) * steps
+    share = tl.cdiv(every, tl.num_programs(0))
+    first = tl.program_id(0) * share
+    last = tl.minimum(first + share, every)
+    for tile in range(first // steps, tl.cdiv(last, steps)):
+        start = tl.maximum(first - tile * steps, 0)
+        end = tl.minimum(last - tile * steps, steps)
+        place, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+        row, output = tile % high_tiles * BLOCK_M + place, tile // high_tiles * BLOCK_N + column
+        total = multiply(
+            x_ptr, weight_ptr, scale_ptr, zero_ptr, table_ptr, row, output, start, end,
+            rows, x_row, outputs, features, groups,
+            PARTS, HIGH, GROUP_SIZE, SYMMETRIC_ZERO, CHUNKS, EVEN, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        if end - start == steps:
+            if bias_ptr is not None:
+                total += tl.load(bias_ptr + output, mask=output < outputs, other=0.0).to(tl.float32)[None, :]
+            stored = (row[:, None] < rows) & (output < outputs)[None, :]
+            target = out_ptr + row.to(tl.int64)[:, None] * outputs + output[None, :]
+            tl.store(target, total.to(out_ptr.dtype.element_ty), mask=stored)
+        else:
+            # A program begins one tile in its middle at most, and leaves one unfinished: a place for each.
+            part = 2 * tl.program_id(0) + (start == 0).to(tl.int32)
+            # Offsets that were the same for every tile would be kept in registers through the product.
+            part_row = part * BLOCK_M + place
+            tl.store(parts_ptr + part_row[:, None] * BLOCK_N + column[None, :], total)
 
 
 @triton.jit
 def gemv(
     x_ptr, weight_ptr, scale_ptr, zero_ptr, table_ptr, bias_ptr, out_ptr,
     outputs, features, groups,
-    PARTS: tl.constexpr, GROUP_SIZE: tl.constexpr, SYMMETRIC_ZERO: tl.constexpr, CHUNKS: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr, HIGH: tl.constexpr, GROUP_SIZE: tl.constexpr, SYMMETRIC_ZERO: tl.constexpr,
+    CHUNKS: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Some outputs of one row: products are summed within a group before its scale is applied once."""
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     run: tl.constexpr = GROUP_SIZE // PARTS
+    stride: tl.constexpr = run + run // 2 if HIGH else run
     wanted = output < outputs
     member, column = tl.arange(0, BLOCK_GROUPS), tl.arange(0, BLOCK_K)
     total = tl.zeros([BLOCK_N, BLOCK_GROUPS], tl.float32)
-    weight_at = weight_ptr + output.to(tl.int64)[:, None, None] * (groups * run)
+    weight_at = weight_ptr + output.to(tl.int64)[:, None, None] * (groups * stride)
     for first in range(0, groups, BLOCK_GROUPS):
         group = first + member
         known = wanted[:, None] & (group < groups)[None, :]
@@ -123,18 +202,22 @@ def gemv(
             zero = tl.full([BLOCK_N, BLOCK_GROUPS], SYMMETRIC_ZERO, tl.float32)
         for chunk in range(CHUNKS):
             within = chunk * BLOCK_K + column
-            place = group[:, None] * run + within[None, :]
+            place = group[:, None] * stride + within[None, :]
             mask = known[:, :, None]
             if not EVEN:
                 mask = mask & (within < run)[None, None, :]
             byte = tl.load(weight_at + place[None, :, :], mask=mask, other=0)
+            high = None
+            if HIGH:
+                plane = weight_at + (group * stride + run)[None, :, None]
+                high = load_high(plane, within[None, None, :], mask, run)
             for part in tl.static_range(PARTS):
                 feature = group[:, None] * GROUP_SIZE + part * run + within[None, :]
                 inside = feature < features
                 if not EVEN:
                     inside = inside & (within[None, :] < run)
                 x = tl.load(x_ptr + feature, mask=inside, other=0.0).to(tl.float32)
-                codes = decode(byte, part, table_ptr, 1.0, 0.0, PARTS)
+                codes = decode(byte, high, part, table_ptr, 1.0, 0.0, PARTS)
                 products = tl.sum(codes * x[None, :, :], axis=2)
                 if table_ptr is not None:
                     total += scale * products
@@ -178,8 +261,8 @@ def quantized_linear(
     """
     if format not in PARTS:
         raise BackendError(f"No kernel multiplies {format} weights", fix=f"There are kernels for {', '.join(PARTS)}")
-    zero = float(packing.FORMATS[format].zero)
-    return linear(run, x, weight, scale, zero_point, bias, PARTS[format], group_size, symmetric_zero=zero)
+    zero, high = float(packing.FORMATS[format].zero), format == "int3"
+    return linear(run, x, weight, scale, zero_point, bias, PARTS[format], group_size, symmetric_zero=zero, high=high)
 
 
 def linear(
@@ -194,13 +277,14 @@ def linear(
     *,
     symmetric_zero: float = 0.0,
     table: Tensor | None = None,
+    high: bool = False,
 ) -> Tensor:
     """`x` [..., K] times weights [N, K] of `parts` codes to a byte, [..., N] in the dtype of `x`.
 
     Args:
         run: runs the launches.
         x: floating point.
-        weight: bytes [N, G * group_size / parts].
+        weight: bytes [N, G * group_size / parts]; with `high` [N, G * group_size * 3 / 8].
         scale: [N, G].
         zero_point: [N, G], or None for `symmetric_zero`.
         bias: [N] or None.
@@ -208,11 +292,12 @@ def linear(
         group_size: codes that share a scale.
         symmetric_zero: the code that stands for zero without zero points.
         table: float32 values of the codes, or None where the code itself is the value.
+        high: whether each group's codes, four to a byte, are followed by a plane of their third bits.
 
     Raises:
         BackendError: a group size that no kernel serves.
     """
-    _check(x, weight, scale, bias, parts, group_size)
+    _check(x, weight, scale, bias, parts, group_size, high)
     flat = rows_of(x)
     rows, features = flat.shape
     outputs, groups = weight.shape[0], scale.shape[1]
@@ -221,24 +306,30 @@ def linear(
         "x_ptr": flat, "weight_ptr": weight, "scale_ptr": scale, "zero_ptr": zero_point, "table_ptr": table,
         "bias_ptr": bias, "out_ptr": out, "outputs": outputs, "features": features, "groups": groups,
     }  # fmt: skip
-    constants: dict[str, Any] = {"PARTS": parts, "GROUP_SIZE": group_size, "SYMMETRIC_ZERO": symmetric_zero}
+    constants: dict[str, Any] = {
+        "PARTS": parts, "HIGH": high, "GROUP_SIZE": group_size, "SYMMETRIC_ZERO": symmetric_zero,
+    }  # fmt: skip
     if rows == 1:
         _gemv(run, arguments, constants, weight, outputs, groups)
     else:
         arguments |= {"rows": rows, "x_row": flat.stride(0)}
-        _gemm(run, arguments, constants, x, out, bias)
+        product = _gemm if rows <= MOST_SPLIT_ROWS else _stream_gemm
+        product(run, arguments, constants, x, out, bias)
     return out
 
 
-def _check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, parts: int, group_size: int) -> None:
+def _check(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, parts: int, group_size: int, high: bool
+) -> None:
     check_device(x=x, weight=weight, scale=scale, bias=bias)
     smallest, largest = GROUP_SIZES
-    if not smallest <= group_size <= largest or group_size % parts:
+    unit = 8 if high else parts
+    if not smallest <= group_size <= largest or group_size % unit:
         raise BackendError(
             f"No kernel serves groups of {group_size}",
-            fix=f"There are kernels for {smallest} to {largest}, in multiples of {parts}",
+            fix=f"There are kernels for {smallest} to {largest}, in multiples of {unit}",
         )
-    if weight.shape[1] * parts != scale.shape[1] * group_size:
+    if weight.shape[1] != scale.shape[1] * (group_size // parts + (group_size // 8 if high else 0)):
         raise BackendError(
             f"A weight of {weight.shape[1]} bytes a row does not hold {scale.shape[1]} groups of {group_size}"
         )
@@ -260,7 +351,7 @@ def _gemv(
             _gemv_configs(block),
             lambda c: (cdiv(outputs, c["BLOCK_N"]),),
             lambda c: Work(
-                2 * c["BLOCK_N"] * weight.shape[1] * constants["PARTS"],
+                2 * c["BLOCK_N"] * groups * constants["GROUP_SIZE"],
                 c["BLOCK_N"] * row_bytes,
                 in_flight=c["BLOCK_N"] * c["BLOCK_GROUPS"] * block,
             ),
@@ -282,31 +373,60 @@ def _gemv_configs(block: int) -> tuple[Config, ...]:
 def _gemm(
     run: Runner, arguments: dict[str, Any], constants: dict[str, Any], x: Tensor, out: Tensor, bias: Tensor | None
 ) -> None:
-    rows, outputs, groups = arguments["rows"], arguments["outputs"], arguments["groups"]
-    run_length = constants["GROUP_SIZE"] // constants["PARTS"]
-    block = max(16, min(next_power_of_2(run_length), _deepest(run.device, rows, x.dtype)))
-    chunks = cdiv(run_length, block)
-    steps = groups * chunks
+    rows, outputs = arguments["rows"], arguments["outputs"]
+    constants, steps = _in_steps(constants, arguments["groups"], run.device, rows, x.dtype)
     splits = split_k(rows, outputs, steps, run.device)
     per_split = cdiv(steps, splits)
     splits = cdiv(steps, per_split)
     finish = splits == 1
     parts = out if finish else torch.empty(splits, rows, outputs, dtype=torch.float32, device=out.device)
-    even = run_length % block == 0
     run(
         Launch(
             gemm,
             {**arguments, "steps": per_split, "out_ptr": parts, "bias_ptr": bias if finish else None},
-            {**constants, "CHUNKS": chunks, "EVEN": even, "FINISH": finish, "BLOCK_K": block},
+            {**constants, "FINISH": finish},
             configs(run.device, rows, x.dtype),
             lambda c: (cdiv(rows, c["BLOCK_M"]), cdiv(outputs, c["BLOCK_N"]), splits),
-            lambda c: _work(x, c, block, per_split, constants["PARTS"]),
+            lambda c: _step(x.dtype, constants).work(c, per_split),
             matrix=x.dtype != torch.float32,
             static=frozenset(("outputs", "features", "groups", "x_row")),
         )
     )
     if not finish:
         join_splits(run, parts, bias, out)
+
+
+def _stream_gemm(
+    run: Runner, arguments: dict[str, Any], constants: dict[str, Any], x: Tensor, out: Tensor, bias: Tensor | None
+) -> None:
+    rows, outputs, device = arguments["rows"], arguments["outputs"], run.device
+    constants, steps = _in_steps(constants, arguments["groups"], device, rows, x.dtype)
+    step, choices = _step(x.dtype, constants), configs(device, rows, x.dtype)
+    counts = {config: stream_k.programs(rows, outputs, steps, config, device, step) for config in choices}
+    parts = stream_k.room(counts, rows, outputs, out)
+    used = run(
+        Launch(
+            stream_gemm,
+            {**arguments, "parts_ptr": parts},
+            constants,
+            choices,
+            lambda c: (counts[c],),
+            lambda c: step.work(c, steps * stream_k.tiles(rows, outputs, c) / counts[c]),
+            matrix=x.dtype != torch.float32,
+            static=frozenset(("outputs", "features", "groups", "x_row")),
+        )
+    )
+    stream_k.join_tiles(run, parts, bias, out, rows, steps, counts[used], used)
+
+
+def _in_steps(
+    constants: dict[str, Any], groups: int, device: Device, rows: int, dtype: torch.dtype
+) -> tuple[dict[str, Any], int]:
+    """The constants with those that cut the groups into steps, and the number of steps."""
+    run_length = constants["GROUP_SIZE"] // constants["PARTS"]
+    block = max(16, min(next_power_of_2(run_length), _deepest(device, rows, dtype)))
+    chunks = cdiv(run_length, block)
+    return {**constants, "CHUNKS": chunks, "EVEN": run_length % block == 0, "BLOCK_K": block}, groups * chunks
 
 
 def _deepest(device: Device, rows: int, dtype: torch.dtype) -> int:
@@ -335,7 +455,7 @@ def join_splits(run: Runner, parts: Tensor, bias: Tensor | None, out: Tensor) ->
 
 def split_k(rows: int, outputs: int, steps: int, device: Device) -> int:
     """Splits of the inner dimension that give every unit of the device work when there are few tiles."""
-    if rows > 64:
+    if rows > MOST_SPLIT_ROWS:
         return 1
     return max(1, min(2 * device.units // cdiv(outputs, 64), steps // 4, MOST_SPLITS))
 
@@ -357,12 +477,27 @@ def configs(device: Device, rows: int, dtype: torch.dtype) -> tuple[Config, ...]
     return tuple(Config.of(warps, stages, BLOCK_M=m, BLOCK_N=n) for m, n, warps, stages in dict.fromkeys(tiles))
 
 
-def _work(x: Tensor, config: Config, block: int, steps: int, parts: int) -> Work:
-    features = block * parts * steps
-    flops = 2 * config["BLOCK_M"] * config["BLOCK_N"] * features
-    moved = config["BLOCK_N"] * features / parts + config["BLOCK_M"] * features * x.element_size() / 4
-    step = config["BLOCK_N"] * block + config["BLOCK_M"] * block * parts * x.element_size()
-    return Work(flops, moved, str(x.dtype).removeprefix("torch."), step * max(1, config.num_stages - 1))
+@dataclass(frozen=True)
+class _Step:
+    """What one step over the inner dimension does: `parts` products of depth `block`."""
+
+    dtype: torch.dtype
+    block: int
+    parts: int
+    high: bool
+
+    def work(self, config: Config, steps: float) -> Work:
+        """The work of a block that takes so many steps."""
+        rows, outputs, size = config["BLOCK_M"], config["BLOCK_N"], self.dtype.itemsize
+        features = self.block * self.parts
+        code = 1 / self.parts + (1 / 8 if self.high else 0)
+        moved = features * (outputs * code + rows * size / 4)
+        flight = features * (outputs * code + rows * size) * max(1, config.num_stages - 1)
+        return Work(2 * rows * outputs * features * steps, moved * steps, dtype_name(self.dtype), flight)
+
+
+def _step(dtype: torch.dtype, constants: Mapping[str, Any]) -> _Step:
+    return _Step(dtype, constants["BLOCK_K"], constants["PARTS"], constants["HIGH"])
 
 
 def table_reference(x: Tensor, weight: Tensor, scale: Tensor, table: Tensor, group_size: int) -> Tensor:
@@ -387,7 +522,7 @@ def _shape(run: Runner, dtype: torch.dtype, rows: int, format: str, group_size: 
     features, outputs = 4096, 4096
     scale = meta(torch.float16, outputs, features // group_size)
     storage = torch.int8 if format == "int8" else torch.uint8
-    weight = meta(storage, outputs, features // PARTS[format])
+    weight = meta(storage, outputs, features * packing.FORMATS[format].bits // 8)
     point = scale if zero else None
     return quantized_linear(run, meta(dtype, rows, features), weight, scale, point, None, format, group_size)
 
@@ -398,6 +533,11 @@ SHAPES: Mapping[str, Callable[[Runner, torch.dtype], Any]] = {
     "int4 group 128, 64 rows": lambda run, dtype: _shape(run, dtype, 64, "int4", 128),
     "int4 group 128, 2048 rows": lambda run, dtype: _shape(run, dtype, 2048, "int4", 128),
     "int4 group 32, 2048 rows": lambda run, dtype: _shape(run, dtype, 2048, "int4", 32),
+    "int3 group 128, 1 row": lambda run, dtype: _shape(run, dtype, 1, "int3", 128),
+    "int3 group 128, 16 rows": lambda run, dtype: _shape(run, dtype, 16, "int3", 128),
+    "int3 group 128, 2048 rows": lambda run, dtype: _shape(run, dtype, 2048, "int3", 128),
+    "int2 group 64, 16 rows": lambda run, dtype: _shape(run, dtype, 16, "int2", 64),
+    "int2 group 64, 2048 rows": lambda run, dtype: _shape(run, dtype, 2048, "int2", 64),
     "int8 per row, 1 row": lambda run, dtype: _shape(run, dtype, 1, "int8", 4096, zero=False),
     "int8 per row, 2048 rows": lambda run, dtype: _shape(run, dtype, 2048, "int8", 4096, zero=False),
     "4-bit table group 64, 1 row": lambda run, dtype: linear(

@@ -41,10 +41,19 @@ CASES = [
     (flash_attention, "head_dim 64 causal", "cuda:sm_100", "UTCHMMA"),
     (flash_attention, "head_dim 128 positions", "rocm:gfx942", "v_mfma"),
     (flash_attention, "head_dim 64 causal", "rocm:gfx1100", "v_wmma"),
+    (flash_attention, "head_dim 128 packed", "cuda:sm_90", "HGMMA"),
+    (flash_attention, "head_dim 128 packed", "cuda:sm_80", "HMMA"),
+    (flash_attention, "head_dim 128 packed", "cuda:sm_100", "UTCHMMA"),
+    (flash_attention, "head_dim 128 packed", "rocm:gfx942", "v_mfma"),
     (decode_attention, "paged", "cuda:sm_80", "HMMA"),
     (decode_attention, "int8 cache", "rocm:gfx950", "v_mfma"),
     (quantized_gemm, "int4 group 128, 2048 rows", "cuda:sm_90", "HGMMA"),
     (quantized_gemm, "int4 group 128, 16 rows", "cuda:sm_120", "HMMA"),
+    (quantized_gemm, "int3 group 128, 16 rows", "cuda:sm_80", "HMMA"),
+    (quantized_gemm, "int3 group 128, 2048 rows", "cuda:sm_90", "HGMMA"),
+    (quantized_gemm, "int3 group 128, 2048 rows", "cuda:sm_100", "UTCHMMA"),
+    (quantized_gemm, "int3 group 128, 2048 rows", "rocm:gfx942", "v_mfma"),
+    (quantized_gemm, "int2 group 64, 2048 rows", "cuda:sm_90", "HGMMA"),
     (integer_gemm, "int8 per row, 2048 rows", "cuda:sm_89", "IMMA"),
     (integer_gemm, "int8 per row, 2048 rows", "rocm:gfx90a", "v_mfma_i32"),
     (integer_gemm, "fp8 per row, 2048 rows", "cuda:sm_90", "QGMMA"),
@@ -266,7 +275,8 @@ for info in pkgutil.iter_modules(package.__path__):
         half, brain = texts
         assert "bf16" not in half, name
         assert "bf16" in brain or "f16" not in half, name
-        if brain.replace("bf16", "f16") != half.replace("fp16", "f16"):
+        # Names of functions within spell a type as Triton does: fp16, and scales are of it whatever is multiplied.
+        if brain.replace("bf16", "f16").replace("fp16", "f16") != half.replace("fp16", "f16"):
             sys.exit(f"{info.name}: {name} computes differently in bfloat16")
         count += 1
 print(count)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kernels.interpreted import runner
 from torch import nn
 
+from graphwright import packing
 from graphwright.backends.triton import BACKEND, lowering, ops, plan
 from graphwright.capture import capture
 from graphwright.compiled import rewrite
@@ -81,7 +82,7 @@ class OnKernels(torch.fx.Interpreter):
     def __call__(self, launch):
         self.launched += 1
         assert launch.problem() in self._planned
-        self._run(launch)
+        return self._run(launch)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +192,42 @@ def test_group_sizes_without_a_kernel_are_left_alone():
     program = capture(Linear(), (torch.randn(3, 16),))
     (node,) = program.calls(quantized_linear.target)
     assert "groups of 8 have no kernel" in BACKEND.supports(node, GPUS["cuda:sm_90"]).reason
+
+
+@pytest.mark.parametrize("format", ["int3", "int2"])
+def test_codes_of_two_and_three_bits_have_kernels(format):
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            codes = torch.randint(0, 1 << packing.FORMATS[format].bits, (6, 64))
+            self.register_buffer("weight", packing.pack(codes, format, 32))
+            self.register_buffer("scale", torch.rand(6, 2))
+            self.register_buffer("zero", torch.ones(6, 2, dtype=torch.uint8))
+
+        def forward(self, x):
+            return quantized_linear(x, self.weight, self.scale, self.zero, None, format, 32)
+
+    x = torch.randn(3, 64)
+    program = capture(Linear(), (x,))
+    (node,) = program.calls(quantized_linear.target)
+    assert BACKEND.supports(node, GPUS["cuda:sm_90"]).ok
+    lowered = lowering.lower(program)
+    planned = {launch.problem() for launch in plan.launches(lowered, OnKernels.device)}
+    actual = OnKernels(lowered, planned).run(x)[0]
+    assert relative_error(actual, program(**{program.contract.inputs[0].name: x})[0]) < 2e-5
+
+
+def test_packed_attention_is_an_op_that_programs_may_call():
+    class Packed(nn.Module):
+        def forward(self, x, offsets):
+            return ops.packed_attention.target(x, x, x, offsets, offsets, None, None, 0.25, True)
+
+    inputs = (torch.randn(9, 2, 16), torch.tensor([0, 4, 9], dtype=torch.int32))
+    lowered = lowering.lower(capture(Packed(), inputs, dims={"x": {0: "tokens"}, "offsets": {0: "ends"}}))
+    (node,) = lowered.calls(ops.packed_attention.target)
+    assert BACKEND.supports(node, GPUS["cuda:sm_90"]).ok
+    planned = {launch.problem() for launch in plan.launches(lowered, OnKernels.device)}
+    assert relative_error(OnKernels(lowered, planned).run(*inputs)[0], Packed()(*inputs)) < 2e-5
 
 
 def test_a_measured_scale_reaches_the_integer_product():

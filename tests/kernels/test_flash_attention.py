@@ -108,6 +108,98 @@ def test_permuting_batch_or_heads_permutes_the_result(seed, batch, kv_heads):
     assert torch.equal(attend(query[:, spread], key[:, heads], value[:, heads]), whole[:, spread])
 
 
+def offsets_of(lengths, dtype=torch.int32):
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype)
+
+
+def packed(lengths, heads, kv_heads, dim, dtype=torch.float32, key_lengths=None):
+    key_lengths = key_lengths or lengths
+    shapes = ((sum(lengths), heads, dim), (sum(key_lengths), kv_heads, dim), (sum(key_lengths), kv_heads, dim))
+    return *(torch.randn(shape, dtype=dtype) for shape in shapes), offsets_of(lengths), offsets_of(key_lengths)
+
+
+def check_packed(number, *args, **kwargs):
+    actual = flash_attention.packed_attention(runner(number), *args, **kwargs)
+    exact = [x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
+    expected = flash_attention.packed_reference(*exact, *kwargs.values())
+    assert relative_error(actual, expected) < TOLERANCE[actual.dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "causal", "window", "softcap"),
+    [(1, 1, 64, True, 0, 0.0), (3, 1, 80, True, 9, 3.0), (8, 1, 96, True, 0, 0.0), (2, 2, 128, False, 0, 5.0)],
+)
+def test_packed_sequences(heads, kv_heads, dim, causal, window, softcap, dtype):
+    torch.manual_seed(0)
+    inputs = packed([1, 0, 66, 17] if heads < 8 else [1, 18], heads, kv_heads, dim, dtype)
+    for sinks, slopes in ((torch.randn(heads), None), (None, torch.rand(heads))):
+        order = {"window": window, "chunk": 0, "prefix": 0, "softcap": softcap}
+        check_packed(dim // 16, *inputs, slopes, sinks, dim**-0.5, causal, **order)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_packed_queries_that_continue_their_keys(mask):
+    """A decode step, a chunk of a prompt, no keys, more queries than keys, a whole prompt."""
+    torch.manual_seed(0)
+    inputs = packed([1, 7, 2, 9, 66], 2, 1, 16, key_lengths=[90, 40, 0, 4, 66])
+    order = ("window", "chunk", "prefix", "softcap", "anchors", "block")
+    options = {name: mask.get(name, 0) for name in order}
+    check_packed(4, *inputs, None, None, 0.25, mask["causal"], **options)
+
+
+@given(seed=st.integers(0, 1000), lengths=st.lists(st.integers(0, 40), min_size=2, max_size=5))
+@settings(max_examples=4, deadline=None)
+def test_a_packed_batch_is_each_sequence_alone_in_any_order(seed, lengths):
+    torch.manual_seed(seed)
+    query, key, value, ends, key_ends = packed(lengths, 2, 1, 16, key_lengths=[n + seed % 5 for n in lengths])
+
+    def attend(parts, rows, keys):
+        q, k, v = (torch.cat(part) for part in parts)
+        starts = offsets_of(rows, torch.int64), offsets_of(keys, torch.int64)
+        return flash_attention.packed_attention(runner(4), q, k, v, *starts, None, None, 0.25, True).split(rows)
+
+    pairs = ((query, ends), (key, key_ends), (value, key_ends))
+    cut = [x.split(offsets.diff().tolist()) for x, offsets in pairs]
+    key_lengths = key_ends.diff().tolist()
+    whole = attend(cut, lengths, key_lengths)
+    order = torch.randperm(len(lengths)).tolist()
+    turned = attend(*([[x[i] for i in order] for x in cut], *([x[i] for i in order] for x in (lengths, key_lengths))))
+    for place, i in enumerate(order):
+        assert torch.equal(turned[place], whole[i])
+        (alone,) = attend([[x[i]] for x in cut], lengths[i : i + 1], key_lengths[i : i + 1])
+        assert torch.equal(alone, whole[i])
+
+
+def test_more_packed_sequences_than_one_look_at_the_offsets_takes():
+    torch.manual_seed(0)
+    lengths = torch.randint(0, 3, (70,)).tolist()
+    both = torch.randn(sum(lengths), 3, 16).split([1, 2], dim=1)
+    offsets = offsets_of(lengths)
+    check_packed(5, both[0], *(both[1][:, i : i + 1] for i in range(2)), offsets, offsets, None, None, 0.25, True)
+
+
+def test_packed_refusals():
+    query, key, value, ends, key_ends = packed([2, 3], 2, 1, 16)
+
+    def attend(*offsets, q=query):
+        return flash_attention.packed_attention(runner(), q, key, value, *offsets, None, None, 1.0, True)
+
+    with pytest.raises(BackendError, match=r"queries \[3\] and of keys \[2\] do not agree"):
+        attend(ends, key_ends[:2])
+    with pytest.raises(BackendError, match="query_offsets are torch.float32"):
+        attend(ends.float(), key_ends)
+    with pytest.raises(BackendError, match=r"key_offsets are \[0, 6, 5\] for 5 rows"):
+        attend(ends, torch.tensor([0, 6, 5]))
+    with pytest.raises(BackendError, match=r"query_offsets are \[0, 2, 5\] for 4 rows"):
+        attend(ends, key_ends, q=query[:4])
+    with pytest.raises(BackendError, match="3 heads are no multiple of 2"):
+        wide = torch.zeros(5, 2, 16)
+        flash_attention.packed_attention(
+            runner(), torch.zeros(5, 3, 16), wide, wide, ends, key_ends, None, None, 1.0, True
+        )
+
+
 def test_every_configuration_of_every_family():
     torch.manual_seed(0)
     inputs = tensors(1, 1, 1, 70, 70, 16, torch.float16)

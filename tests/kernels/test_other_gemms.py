@@ -183,6 +183,15 @@ def test_every_sample_of_quantized_embedding(dtype):
         assert relative_error(actual, quantized_embedding.reference(*sample.args)) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("format", ["int3", "int2"])
+def test_rows_of_a_table_of_few_bits(format):
+    torch.manual_seed(0)
+    weight, scale, zero = weights(format, 24, 11, 40, True)
+    arguments = (torch.randint(0, 11, (2, 3)), weight, scale, zero, format, 24, 40, torch.float32)
+    expected = quantized_embedding.reference(*arguments)
+    assert relative_error(embedding.quantized_embedding(runner(), *arguments), expected) < 1e-6
+
+
 def test_rows_go_to_their_experts_and_back():
     torch.manual_seed(0)
     x, weights_of = torch.randn(7, 33), torch.rand(7, 2)
