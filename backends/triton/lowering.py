@@ -9,9 +9,9 @@ from torch import fx
 
 from graphwright import ops as semantic
 from graphwright.backend import Support
-from graphwright.backends.triton import ops
+from graphwright.backends.triton import caches, ops
 from graphwright.backends.triton.experts import experts_as_products
-from graphwright.kernels.triton import flash_attention, integer_gemm, norm, quantized_gemm, sparse_gemm
+from graphwright.kernels.triton import integer_gemm, norm, quantized_gemm, sparse_gemm
 from graphwright.op import op_of
 from graphwright.ops.gated_activation import ACTIVATIONS
 from graphwright.program import Program
@@ -35,6 +35,15 @@ KERNELS: dict[Any, ops.TritonOp] = {
 }
 """What a call becomes when nothing beside it is fused with it."""
 
+CACHES = tuple(
+    op.target
+    for op in (
+        semantic.quantize_tokens, semantic.dequantize_tokens, semantic.paged_update, semantic.paged_read,
+        semantic.kivi_update, semantic.kivi_read,
+    )
+)  # fmt: skip
+"""Ops of cache layouts, which `caches` serves or refuses."""
+
 ANY_DTYPE = (semantic.kv_cache_update.target, semantic.quantized_embedding.target)
 """Ops whose first argument may be of a dtype that is not computed in."""
 
@@ -45,7 +54,7 @@ def lower(program: Program) -> Program:
     """A copy of `program` whose calls are ops with kernels wherever there is one."""
     lowered = program.clone()
     with Editor(lowered, "triton") as editor:
-        for step in (experts_as_products, _integer_products, _norm_after_sum, _rope_into_cache, _each_by_itself):
+        for step in STEPS:
             step(lowered, editor)
             lowered.graph.eliminate_dead_code()
     return lowered
@@ -65,7 +74,10 @@ def support(node: fx.Node) -> Support:
     if node.target in KERNELS:
         reason = _refusal(node)
         return Support(not reason, reason)
-    if any(_summed_in_norm(node, user) for user in node.users):
+    if node.target in CACHES:
+        reason = caches.refusal(node)
+        return Support(not reason, reason)
+    if node.target is operator.getitem or any(_summed_in_norm(node, user) for user in node.users):
         return Support(True)
     if isinstance(node.target, torch._ops.OpOverload) and (node.target.is_view or "sym_" in node.target._opname):
         return Support(True)
@@ -86,7 +98,7 @@ def _refusal(node: fx.Node) -> str:
         semantic.gated_activation.target: lambda: (
             "" if args[2] in ACTIVATIONS else f"no kernel has the activation {args[2]}"
         ),
-        semantic.attention.target: lambda: _head_refusal(value.shape[3], _value(args[2]).shape[3]),
+        semantic.attention.target: lambda: caches.head_refusal(node),
         semantic.quantized_linear.target: lambda: _weight_refusal(args[5], args[6]),
         semantic.sparse_linear.target: lambda: _sparse_refusal(args[6], args[7], args[8], value, _value(args[1])),
         semantic.quantized_embedding.target: lambda: (
@@ -106,12 +118,6 @@ def _layer_norm_refusal(args: list[Any]) -> str:
     if len(args[1]) != 1:
         return "there is a kernel for layer_norm over one dimension only"
     return _row_refusal(_value(args[0]).shape[-1])
-
-
-def _head_refusal(key_dim: int, value_dim: int) -> str:
-    largest = flash_attention.LARGEST_HEAD
-    wide = max(key_dim, value_dim)
-    return "" if wide <= largest else f"head_dim {wide} has no kernel; there are kernels for 1 to {largest}"
 
 
 def _weight_refusal(format: str, group_size: int) -> str:
@@ -268,3 +274,10 @@ def _each_by_itself(program: Program, editor: Editor) -> None:
             program.graph.erase_node(node)
         else:
             editor.replace(node, new)
+
+
+STEPS = (
+    experts_as_products, _integer_products, _norm_after_sum, caches.read_in_place, caches.merge_writes,
+    _rope_into_cache, _each_by_itself,
+)  # fmt: skip
+"""In order: what is fused goes first."""
