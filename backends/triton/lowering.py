@@ -11,7 +11,8 @@ from graphwright import ops as semantic
 from graphwright.backend import Support
 from graphwright.backends.triton import caches, ops
 from graphwright.backends.triton.experts import experts_as_products
-from graphwright.kernels.triton import integer_gemm, norm, quantized_gemm, sparse_gemm
+from graphwright.kernels.triton import integer_gemm, norm, quantize, quantized_gemm, sparse_gemm
+from graphwright.kernels.triton.device import Device
 from graphwright.op import op_of
 from graphwright.ops.gated_activation import ACTIVATIONS
 from graphwright.program import Program
@@ -47,30 +48,39 @@ CACHES = tuple(
 ANY_DTYPE = (semantic.kv_cache_update.target, semantic.quantized_embedding.target)
 """Ops whose first argument may be of a dtype that is not computed in."""
 
+FP8 = "fp8_e4m3"
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def lower(program: Program) -> Program:
-    """A copy of `program` whose calls are ops with kernels wherever there is one."""
+def lower(program: Program, device: Device | None = None) -> Program:
+    """A copy of `program` whose calls are ops with kernels wherever there is one.
+
+    Without a device, those that every device has.
+    """
     lowered = program.clone()
     with Editor(lowered, "triton") as editor:
+        _integer_products(lowered, editor, device)
+        lowered.graph.eliminate_dead_code()
         for step in STEPS:
             step(lowered, editor)
             lowered.graph.eliminate_dead_code()
     return lowered
 
 
-def support(node: fx.Node) -> Support:
-    """Whether a call has a kernel, and if not, why."""
+def support(node: fx.Node, device: Device | None = None) -> Support:
+    """Whether a call has a kernel on a device, and if not, why."""
     if node.target in ops.OPS:
         return Support(True)
     if node.target == semantic.experts.target:
         ok = _value(node).dtype in FLOATS
         return Support(ok, "" if ok else f"no kernel computes in {_value(node).dtype}")
     if node.target == semantic.quantize_dequantize.target:
-        if any(_multiplied_as_integers(node, user) for user in node.users):
+        if any(_multiplied_as_integers(node, user, device) for user in node.users):
             return Support(True)
-        return Support(False, "no integer product reads these codes; PyTorch rounds the activations")
+        return Support(False, _rounding_refusal(node, device))
+    if any(_multiplied_as_integers(rounding, node, device) for rounding in node.all_input_nodes):
+        return Support(True)
     if node.target in KERNELS:
         reason = _refusal(node)
         return Support(not reason, reason)
@@ -152,27 +162,43 @@ def _value(node: Any) -> torch.Tensor:
     return value
 
 
-def _multiplied_as_integers(rounding: fx.Node, user: fx.Node) -> bool:
+def _rounding_refusal(node: fx.Node, device: Device | None) -> str:
+    format = _arguments(node)[2]
+    if format == FP8 and device is not None and not device.fp8:
+        other = "; it has another 8-bit type, e4m3fnuz" if device.name == "rocm:gfx942" else ""
+        return f"{device.name} multiplies no e4m3{other}. PyTorch rounds the activations"
+    if format not in quantize.ROUNDED:
+        return f"no kernel multiplies activations in {format}; PyTorch rounds them"
+    return "no product of codes reads these; PyTorch rounds the activations"
+
+
+def _multiplied_as_integers(rounding: fx.Node, user: fx.Node, device: Device | None) -> bool:
+    """Whether a kernel multiplies the codes of a rounding with the weights of a layer that reads it."""
+    if rounding.target != semantic.quantize_dequantize.target or user.target != semantic.quantized_linear.target:
+        return False
     _, scale, format, group_size = _arguments(rounding)
-    if user.target != semantic.quantized_linear.target or format != "int8" or _value(rounding).dtype not in FLOATS:
+    if format not in quantize.ROUNDED or _value(rounding).dtype not in FLOATS:
+        return False
+    if format == FP8 and not (device is not None and device.fp8):
         return False
     x, _, _, zero, _, weight_format, weight_group = _arguments(user)
     del scale
-    if x is not rounding or group_size or weight_format not in quantized_gemm.PARTS:
+    if x is not rounding or group_size or (format == FP8) != (weight_format == FP8):
         return False
     if zero is not None and _value(zero).dtype == torch.float16:  # a fraction of a code
         return False
     return integer_gemm.serves(weight_format, weight_group, zero is not None)
 
 
-def _integer_products(program: Program, editor: Editor) -> None:
+def _integer_products(program: Program, editor: Editor, device: Device | None) -> None:
     """Rounding in front of products becomes codes, made by the kernel before it where there is one."""
     for rounding in program.calls(semantic.quantize_dequantize.target):
-        users = [user for user in rounding.users if _multiplied_as_integers(rounding, user)]
+        users = [user for user in rounding.users if _multiplied_as_integers(rounding, user, device)]
         if not users:
             continue
         x, scale, format, group_size = _arguments(rounding)
-        made = _made_as_codes(editor, rounding, x) if scale is None and len(x.users) == 1 else None
+        fused = format == "int8" and scale is None and len(x.users) == 1
+        made = _made_as_codes(editor, rounding, x) if fused else None
         if made is None:
             made = editor.call(ops.quantize_activations.target, x, scale, format, group_size, before=rounding)
         codes, step = (_item(editor, made, index, rounding) for index in (0, 1))
@@ -277,7 +303,7 @@ def _each_by_itself(program: Program, editor: Editor) -> None:
 
 
 STEPS = (
-    experts_as_products, _integer_products, _norm_after_sum, caches.read_in_place, caches.merge_writes,
+    experts_as_products, _norm_after_sum, caches.read_in_place, caches.merge_writes,
     _rope_into_cache, _each_by_itself,
 )  # fmt: skip
-"""In order: what is fused goes first."""
+"""In order, after products of codes: what is fused goes first."""
