@@ -39,8 +39,9 @@ class TritonBackend:
         """Whether a Triton kernel serves the call."""
         _require_triton()
         from graphwright.backends.triton.lowering import support
+        from graphwright.kernels.triton.device import Device
 
-        return support(node)
+        return support(node, Device.of(target))
 
     def prepare(self, program: Program, target: Target) -> Program:
         """The program as it is: kernels read weights in the core's layout."""
@@ -58,7 +59,7 @@ class TritonBackend:
         from graphwright.kernels.triton.device import Device
 
         device = Device.of(target)
-        lowered = lowering.lower(program)
+        lowered = lowering.lower(program, device)
         found = build.build(plan.launches(lowered, device), device, progress)
         _refuse_missing(found, target)
         store.write(directory, target.name, found)
@@ -72,12 +73,12 @@ class TritonBackend:
             TargetError: this machine's GPU is not the target.
             ArtifactError: the artifact holds no kernels for it.
         """
-        from graphwright.backends.triton import ops, store
+        from graphwright.backends.triton import cache_ops, ops, store
         from graphwright.backends.triton.executable import TritonExecutable, require_gpu
 
         require_gpu(target.name)
         store.read(directory, target.name)
-        assert ops.OPS  # noqa: S101 - importing registers what the graph names
+        assert cache_ops.cached_attention.target in ops.OPS  # noqa: S101 - importing registers what the graph names
         module = serialize.graph_from_json(json.loads((directory / GRAPH).read_text()), weights)
         return TritonExecutable(module, contract, target.name, directory)
 
@@ -99,13 +100,15 @@ class TritonBackend:
         from torch._inductor.decomposition import select_decomp_table
 
         from graphwright.backends.triton import lowering
+        from graphwright.kernels.triton.device import DEVICES
 
-        if local_gpu() is None:
+        here = local_gpu()
+        if here is None:
             raise TargetError(
                 "The triton backend of torch.compile needs a GPU, and PyTorch finds none on this machine",
                 fix="Compile ahead of time with `graphwright compile --target cuda:sm_90`, or use the target cpu",
             )
-        lowered = lowering.lower(program)
+        lowered = lowering.lower(program, DEVICES.get(here))
         fakes = [node.meta["val"] for node in lowered.graph.find_nodes(op="placeholder")]
         compiled = compile_fx(lowered.module, fakes, decompositions=select_decomp_table())
         return lambda arguments: compiled(*arguments)

@@ -10,9 +10,10 @@ from torch import fx
 from graphwright import ops as semantic
 from graphwright import packing
 from graphwright.backend import Support
-from graphwright.backends.triton import ops
+from graphwright.backends.triton import caches, ops
 from graphwright.backends.triton.experts import experts_as_products
-from graphwright.kernels.triton import flash_attention, integer_gemm, norm, quantized_gemm, sparse_gemm
+from graphwright.kernels.triton import integer_gemm, norm, quantize, quantized_gemm, sparse_gemm
+from graphwright.kernels.triton.device import Device
 from graphwright.op import op_of
 from graphwright.ops.gated_activation import ACTIVATIONS
 from graphwright.program import Program
@@ -36,37 +37,58 @@ KERNELS: dict[Any, ops.TritonOp] = {
 }
 """What a call becomes when nothing beside it is fused with it."""
 
+CACHES = tuple(
+    op.target
+    for op in (
+        semantic.quantize_tokens, semantic.dequantize_tokens, semantic.paged_update, semantic.paged_read,
+        semantic.kivi_update, semantic.kivi_read,
+    )
+)  # fmt: skip
+"""Ops of cache layouts, which `caches` serves or refuses."""
+
 ANY_DTYPE = (semantic.kv_cache_update.target, semantic.quantized_embedding.target)
 """Ops whose first argument may be of a dtype that is not computed in."""
+
+FP8 = "fp8_e4m3"
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def lower(program: Program) -> Program:
-    """A copy of `program` whose calls are ops with kernels wherever there is one."""
+def lower(program: Program, device: Device | None = None) -> Program:
+    """A copy of `program` whose calls are ops with kernels wherever there is one.
+
+    Without a device, those that every device has.
+    """
     lowered = program.clone()
     with Editor(lowered, "triton") as editor:
-        for step in (experts_as_products, _integer_products, _norm_after_sum, _rope_into_cache, _each_by_itself):
+        _integer_products(lowered, editor, device)
+        lowered.graph.eliminate_dead_code()
+        for step in STEPS:
             step(lowered, editor)
             lowered.graph.eliminate_dead_code()
     return lowered
 
 
-def support(node: fx.Node) -> Support:
-    """Whether a call has a kernel, and if not, why."""
+def support(node: fx.Node, device: Device | None = None) -> Support:
+    """Whether a call has a kernel on a device, and if not, why."""
     if node.target in ops.OPS:
         return Support(True)
     if node.target == semantic.experts.target:
         ok = _value(node).dtype in FLOATS
         return Support(ok, "" if ok else f"no kernel computes in {_value(node).dtype}")
     if node.target == semantic.quantize_dequantize.target:
-        if any(_multiplied_as_integers(node, user) for user in node.users):
+        if any(_multiplied_as_integers(node, user, device) for user in node.users):
             return Support(True)
-        return Support(False, "no integer product reads these codes; PyTorch rounds the activations")
+        return Support(False, _rounding_refusal(node, device))
+    if any(_multiplied_as_integers(rounding, node, device) for rounding in node.all_input_nodes):
+        return Support(True)
     if node.target in KERNELS:
         reason = _refusal(node)
         return Support(not reason, reason)
-    if any(_summed_in_norm(node, user) for user in node.users):
+    if node.target in CACHES:
+        reason = caches.refusal(node)
+        return Support(not reason, reason)
+    if node.target is operator.getitem or any(_summed_in_norm(node, user) for user in node.users):
         return Support(True)
     if isinstance(node.target, torch._ops.OpOverload) and (node.target.is_view or "sym_" in node.target._opname):
         return Support(True)
@@ -87,7 +109,7 @@ def _refusal(node: fx.Node) -> str:
         semantic.gated_activation.target: lambda: (
             "" if args[2] in ACTIVATIONS else f"no kernel has the activation {args[2]}"
         ),
-        semantic.attention.target: lambda: _head_refusal(value.shape[3], _value(args[2]).shape[3]),
+        semantic.attention.target: lambda: caches.head_refusal(node),
         semantic.quantized_linear.target: lambda: _weight_refusal(args[5], args[6]),
         semantic.sparse_linear.target: lambda: _sparse_refusal(args[6], args[7], args[8], value, _value(args[1])),
         semantic.quantized_embedding.target: lambda: (
@@ -107,12 +129,6 @@ def _layer_norm_refusal(args: list[Any]) -> str:
     if len(args[1]) != 1:
         return "there is a kernel for layer_norm over one dimension only"
     return _row_refusal(_value(args[0]).shape[-1])
-
-
-def _head_refusal(key_dim: int, value_dim: int) -> str:
-    largest = flash_attention.LARGEST_HEAD
-    wide = max(key_dim, value_dim)
-    return "" if wide <= largest else f"head_dim {wide} has no kernel; there are kernels for 1 to {largest}"
 
 
 def _weight_refusal(format: str, group_size: int) -> str:
@@ -147,27 +163,43 @@ def _value(node: Any) -> torch.Tensor:
     return value
 
 
-def _multiplied_as_integers(rounding: fx.Node, user: fx.Node) -> bool:
+def _rounding_refusal(node: fx.Node, device: Device | None) -> str:
+    format = _arguments(node)[2]
+    if format == FP8 and device is not None and not device.fp8:
+        other = "; it has another 8-bit type, e4m3fnuz" if device.name == "rocm:gfx942" else ""
+        return f"{device.name} multiplies no e4m3{other}. PyTorch rounds the activations"
+    if format not in quantize.ROUNDED:
+        return f"no kernel multiplies activations in {format}; PyTorch rounds them"
+    return "no product of codes reads these; PyTorch rounds the activations"
+
+
+def _multiplied_as_integers(rounding: fx.Node, user: fx.Node, device: Device | None) -> bool:
+    """Whether a kernel multiplies the codes of a rounding with the weights of a layer that reads it."""
+    if rounding.target != semantic.quantize_dequantize.target or user.target != semantic.quantized_linear.target:
+        return False
     _, scale, format, group_size = _arguments(rounding)
-    if user.target != semantic.quantized_linear.target or format != "int8" or _value(rounding).dtype not in FLOATS:
+    if format not in quantize.ROUNDED or _value(rounding).dtype not in FLOATS:
+        return False
+    if format == FP8 and not (device is not None and device.fp8):
         return False
     x, _, _, zero, _, weight_format, weight_group = _arguments(user)
     del scale
-    if x is not rounding or group_size or weight_format not in quantized_gemm.PARTS:
+    if x is not rounding or group_size or (format == FP8) != (weight_format == FP8):
         return False
     if zero is not None and _value(zero).dtype == torch.float16:  # a fraction of a code
         return False
     return integer_gemm.serves(weight_format, weight_group, zero is not None)
 
 
-def _integer_products(program: Program, editor: Editor) -> None:
+def _integer_products(program: Program, editor: Editor, device: Device | None) -> None:
     """Rounding in front of products becomes codes, made by the kernel before it where there is one."""
     for rounding in program.calls(semantic.quantize_dequantize.target):
-        users = [user for user in rounding.users if _multiplied_as_integers(rounding, user)]
+        users = [user for user in rounding.users if _multiplied_as_integers(rounding, user, device)]
         if not users:
             continue
         x, scale, format, group_size = _arguments(rounding)
-        made = _made_as_codes(editor, rounding, x) if scale is None and len(x.users) == 1 else None
+        fused = format == "int8" and scale is None and len(x.users) == 1
+        made = _made_as_codes(editor, rounding, x) if fused else None
         if made is None:
             made = editor.call(ops.quantize_activations.target, x, scale, format, group_size, before=rounding)
         codes, step = (_item(editor, made, index, rounding) for index in (0, 1))
@@ -269,3 +301,10 @@ def _each_by_itself(program: Program, editor: Editor) -> None:
             program.graph.erase_node(node)
         else:
             editor.replace(node, new)
+
+
+STEPS = (
+    experts_as_products, _norm_after_sum, caches.read_in_place, caches.merge_writes,
+    _rope_into_cache, _each_by_itself,
+)  # fmt: skip
+"""In order, after products of codes: what is fused goes first."""

@@ -24,8 +24,8 @@ from graphwright.text import symbol_names
 
 LENGTHS = (1, 2, 4, 16, 17, 64, 65, 256, 520, 2048, 8192, 32768)
 BATCHES = (1, 2, 8, 17, 65)
-SIZES = {"batch": BATCHES}
-"""Sizes tried per dimension; every other dimension takes a length."""
+SIZES = {"batch": BATCHES, "capacity": (2,), "blocks": (2,), "table": (64,)}
+"""Sizes tried per dimension; every other dimension takes a length. No kernel depends on the room that a cache has."""
 
 
 def launches(program: Program, device: Device) -> list[Launch]:

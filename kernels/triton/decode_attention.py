@@ -6,7 +6,7 @@ heads that share keys form the rows of one matrix product, so every key and valu
 
 Caches may hold, in place of floating point, symmetric int8 or fp8 codes with a scale per token, or 4-bit codes with
 scale and zero point per token, or for keys per channel of a group of tokens (`key_group` > 0). 4-bit codes lie two to
-a byte: the first half of the channels in the low nibbles.
+a byte: the first half of the channels in the low nibbles. Codes with a scale per token may lie in blocks, too.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from graphwright.errors import BackendError
+from graphwright.kernels.triton.cache_codes import load_codes
 from graphwright.kernels.triton.device import Device
 from graphwright.kernels.triton.flash_attention import check_heads, contiguous, empty_result, row_stride
 from graphwright.kernels.triton.launch import (
@@ -45,24 +46,12 @@ SPLIT_AT_LEAST = 256
 
 
 @triton.jit
-def load_codes(ptr, at, channel, mask, BITS: tl.constexpr, WIDTH: tl.constexpr):
-    """Codes as float32: at element offsets `at` of a row of bytes, for 8 bits, or two codes to a byte, for 4."""
-    if BITS == 4:
-        # Both nibbles of a byte are wanted; the second load finds it in the first-level cache.
-        byte = tl.load(ptr + at + channel % (WIDTH // 2), mask=mask, other=0).to(tl.int32)
-        codes = ((byte >> (channel // (WIDTH // 2) * 4)) & 15).to(tl.float32)
-    else:
-        codes = tl.load(ptr + at + channel, mask=mask, other=0.0).to(tl.float32)
-    return codes
-
-
-@triton.jit
 def split_attention(
     query_ptr, key_ptr, value_ptr, key_scale_ptr, key_zero_ptr, value_scale_ptr, value_zero_ptr,
     out_ptr, largest_ptr, total_ptr,
     query_positions_ptr, key_positions_ptr, table_ptr, lengths_ptr, bias_ptr, slopes_ptr, sinks_ptr,
     kv_heads, length, keys, span, q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t,
-    scale_b, scale_h, zero_b, zero_h, value_scale_b, value_scale_h,
+    scale_b, scale_h, scale_t, zero_b, zero_h, value_scale_b, value_scale_h, value_scale_t,
     bias_b, bias_h, bias_s, bias_t, query_positions_b, key_positions_b, pages,
     scale, softcap, window, chunk, prefix,
     ANCHORS: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
@@ -104,11 +93,12 @@ def split_attention(
         inside = item < end
         if PAGE > 0:
             page = tl.load(table_ptr + batch * pages + item // PAGE, mask=inside, other=0).to(tl.int64)
-            key_base = page * k_b + kv_head * k_h + (item % PAGE) * k_t
-            value_base = page * v_b + kv_head * v_h + (item % PAGE) * v_t
+            # A row that is shorter than others has no block here, and sees nothing of what is read instead.
+            owner, within = tl.maximum(page, 0), item % PAGE
         else:
-            key_base = batch * k_b + kv_head * k_h + item.to(tl.int64) * k_t
-            value_base = batch * v_b + kv_head * v_h + item.to(tl.int64) * v_t
+            owner, within = batch, item.to(tl.int64)
+        key_base = owner * k_b + kv_head * k_h + within * k_t
+        value_base = owner * v_b + kv_head * v_h + within * v_t
         key_mask = inside[None, :] & (channel[:, None] < HEAD_DIM)
         value_mask = inside[:, None] & (value_channel[None, :] < VALUE_DIM)
         if key_scale_ptr is None:
@@ -121,12 +111,14 @@ def split_attention(
                 step = tl.load(key_scale_ptr + batch * scale_b + kv_head * scale_h + step_at, mask=key_mask, other=0.0)
                 key = (key - zero.to(tl.float32)) * step.to(tl.float32)
             elif key_zero_ptr is not None:
-                zero_at = key_zero_ptr + batch * zero_b + kv_head * zero_h + item
+                zero_at = key_zero_ptr + owner * zero_b + kv_head * zero_h + within * scale_t
                 key -= tl.load(zero_at, mask=inside, other=0.0).to(tl.float32)[None, :]
+            elif KEY_BITS == 4:
+                key -= 8.0
             key = key.to(query.dtype)
         scores = tl.dot(query, key, input_precision="ieee")
         if key_scale_ptr is not None and KEY_GROUP == 0:
-            scale_at = key_scale_ptr + batch * scale_b + kv_head * scale_h + item
+            scale_at = key_scale_ptr + owner * scale_b + kv_head * scale_h + within * scale_t
             scores *= tl.load(scale_at, mask=inside, other=0.0).to(tl.float32)[None, :]
         if key_positions_ptr is not None:
             position_at = key_positions_ptr + batch * key_positions_b + item
@@ -148,9 +140,11 @@ def split_attention(
             value = load_codes(
                 value_ptr, value_base[:, None], value_channel[None, :], value_mask, VALUE_BITS, VALUE_DIM
             )
-            step_of = batch * value_scale_b + kv_head * value_scale_h + item
+            step_of = owner * value_scale_b + kv_head * value_scale_h + within * value_scale_t
             if value_zero_ptr is not None:
                 value -= tl.load(value_zero_ptr + step_of, mask=inside, other=0.0).to(tl.float32)[:, None]
+            elif VALUE_BITS == 4:
+                value -= 8.0
             value *= tl.load(value_scale_ptr + step_of, mask=inside, other=0.0).to(tl.float32)[:, None]
             value = value.to(query.dtype)
         total, largest, mixed = accumulate(scores, value, total, largest, mixed)
@@ -202,9 +196,9 @@ class Codes:
     """A key or value cache of low-bit codes.
 
     Attributes:
-        codes: int8 or fp8 [B, Hkv, T, D], or uint8 [B, Hkv, T, D / 2] for 4 bits.
+        codes: int8 or fp8 [B, Hkv, T, D], bits of e4m3 as uint8 [B, Hkv, T, D], or uint8 [B, Hkv, T, D / 2] for 4 bits.
         scale: float [B, Hkv, T], or [B, Hkv, T / group, D] per channel.
-        zero_point: like `scale`, or None for symmetric codes.
+        zero_point: like `scale`, or None for symmetric codes; of 4 bits, 8 is zero then.
         bits: 8 or 4.
         group: tokens that share a scale per channel; 0 for one scale per token.
     """
@@ -225,6 +219,8 @@ class Codes:
         codes = self.codes
         if self.bits == 4:
             codes = torch.cat([codes & 15, codes >> 4], dim=-1)
+        elif codes.dtype == torch.uint8:
+            codes = codes.view(torch.float8_e4m3fn)
         wide = codes.float()
         if self.group:
             scale, zero = (
@@ -233,7 +229,8 @@ class Codes:
             )
         else:
             scale, zero = (None if x is None else x.float()[..., None] for x in (self.scale, self.zero_point))
-        return (wide - (0.0 if zero is None else zero)) * scale
+        symmetric = 8.0 if self.bits == 4 else 0.0
+        return (wide - (symmetric if zero is None else zero)) * scale
 
 
 @dataclass(frozen=True)
@@ -241,12 +238,15 @@ class Pages:
     """Where the tokens of a paged cache lie; keys and values are then [pages, Hkv, page size, D].
 
     Attributes:
-        table: int32 [B, most pages of a sequence], the page of each run of tokens.
-        lengths: int32 [B], tokens of each sequence, the queries included; the queries are the last ones.
+        table: int32 or int64 [B, most pages of a sequence], the page of each run of tokens; negative for none.
+        lengths: int32 [B], tokens of each sequence, the queries included; the queries are the last ones. None where
+            positions tell who sees what.
+        keys: slots of a sequence that may be in use; 0 for all in the table.
     """
 
     table: Tensor
-    lengths: Tensor
+    lengths: Tensor | None = None
+    keys: int = 0
 
 
 def attention(
@@ -285,8 +285,8 @@ def attention(
         check_heads(query, key, value)
     if keys_held.dtype == torch.float8_e4m3fn and not run.device.fp8:
         raise BackendError(f"{run.device.name} does not convert e4m3", fix="Store the cache as int8 or e5m2")
-    if pages is not None and (isinstance(key, Codes) or isinstance(value, Codes)):
-        raise BackendError("No kernel reads a cache that is both paged and quantized")
+    if pages is not None and isinstance(key, Codes) and key.group:
+        raise BackendError("No kernel reads pages of keys that are quantized per channel")
     batch, heads, length, _ = query.shape
     kv_heads = keys_held.shape[1]
     rows = heads // kv_heads * length
@@ -296,7 +296,7 @@ def attention(
             fix=f"It takes up to {MOST_ROWS}; use flash_attention",
         )
     page = 0 if pages is None else keys_held.shape[2]
-    keys = keys_held.shape[2] if pages is None else pages.table.shape[1] * page
+    keys = keys_held.shape[2] if pages is None else pages.keys or pages.table.shape[1] * page
     splits, span = split(batch * kv_heads, keys, run.device)
     out = empty_result(query, value_dim)
     finish = splits == 1
@@ -409,15 +409,18 @@ def _work(query: Tensor, span: int, dims: int, key: Tensor, value: Tensor, confi
 def _codes(name: str, cache: Tensor | Codes) -> dict[str, Any]:
     scale = cache.scale if isinstance(cache, Codes) else None
     zero = cache.zero_point if isinstance(cache, Codes) else None
-    if scale is not None and not scale.is_contiguous():
+    # The kernel walks scales of both kinds by one set of strides, and groups of channels without any.
+    walked = scale is None or (scale.dim() == 3 and (zero is None or zero.stride() == scale.stride()))
+    if scale is not None and not walked:
         scale, zero = scale.contiguous(), contiguous(zero)
-    steps = (0, 0) if scale is None else (scale.stride(0), scale.stride(1))
+    steps = (0, 0, 0) if scale is None else scale.stride()
     if name == "value":
         return {
             "value_scale_ptr": scale, "value_zero_ptr": zero, "value_scale_b": steps[0], "value_scale_h": steps[1],
+            "value_scale_t": steps[2],
         }  # fmt: skip
     return {
-        "key_scale_ptr": scale, "key_zero_ptr": zero, "scale_b": steps[0], "scale_h": steps[1],
+        "key_scale_ptr": scale, "key_zero_ptr": zero, "scale_b": steps[0], "scale_h": steps[1], "scale_t": steps[2],
         "zero_b": steps[0], "zero_h": steps[1],
     }  # fmt: skip
 

@@ -98,7 +98,9 @@ def gemm(
 
 
 def serves(format: str, group_size: int, asymmetric: bool) -> bool:
-    """Whether weights of this layout can be multiplied as integers."""
+    """Whether weights of this layout can be multiplied in eight bits."""
+    if format == "fp8_e4m3":
+        return not asymmetric and group_size >= SHORTEST_RUN
     # An int8 code less its zero point takes nine bits.
     fits = format == "int4" or (format == "int8" and not asymmetric)
     return fits and group_size // PARTS[format] >= SHORTEST_RUN
@@ -120,13 +122,13 @@ def linear(
 
     Args:
         run: runs the launches.
-        codes: int8 [..., K] for int8 and int4 weights, fp8 (e4m3) for fp8 weights.
+        codes: int8 [..., K] for int8 and int4 weights, e4m3 or the bits of it for fp8 weights.
         x_scale: float32 [..., 1], or [] for one scale for all tokens.
-        weight: packed [N, K padded to groups], or fp8 [N, K].
+        weight: packed [N, K padded to groups]; of fp8, likewise the type or its bits.
         scale: [N, G].
         zero_point: [N, G] whole numbers, for int4, or None.
         bias: [N] or None.
-        format: `int8`, `int4` or `fp8`.
+        format: `int8`, `int4` or `fp8_e4m3`.
         group_size: weights that share a scale; K itself for one scale per row.
         dtype: of the result.
 
@@ -134,7 +136,7 @@ def linear(
         BackendError: a layout or a device without a kernel.
     """
     check_device(codes=codes, x_scale=x_scale, weight=weight, scale=scale, bias=bias)
-    fp8 = format == "fp8"
+    fp8 = format == "fp8_e4m3"
     if fp8 and not run.device.fp8:
         raise BackendError(f"{run.device.name} has no fp8 matrix instructions", fix="Quantize to int8 instead")
     if not fp8 and not serves(format, group_size, zero_point is not None):
@@ -143,6 +145,8 @@ def linear(
             + (" with zero points" if zero_point is not None else ""),
             fix="There are kernels for symmetric int8 and for int4, in groups of 64 and more",
         )
+    if fp8:
+        codes, weight = codes.view(torch.float8_e4m3fn), weight.view(torch.float8_e4m3fn)
     parts = 1 if fp8 else PARTS[format]
     flat = rows_of(codes)
     rows, features = flat.shape
@@ -215,7 +219,8 @@ def linear_reference(
     dtype: torch.dtype,
 ) -> Tensor:
     """The same in float32 over dequantized operands."""
-    if format == "fp8":
+    if format == "fp8_e4m3":
+        codes, weight = codes.view(torch.float8_e4m3fn), weight.view(torch.float8_e4m3fn)
         dense = (weight.float().unflatten(-1, (-1, group_size)) * scale.float()[..., None]).flatten(-2)
     else:
         dense = packing.dequantize(weight, scale, zero_point, format, group_size)
@@ -224,11 +229,11 @@ def linear_reference(
 
 
 def _shape(run: Runner, dtype: torch.dtype, rows: int, format: str, group_size: int) -> Tensor:
-    kinds = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
+    kinds = {"int8": torch.int8, "int4": torch.uint8, "fp8_e4m3": torch.float8_e4m3fn}
     features = outputs = 4096
     weight = meta(kinds[format], outputs, features // PARTS.get(format, 1))
     scale = meta(torch.float32, outputs, features // group_size)
-    codes = meta(torch.float8_e4m3fn if format == "fp8" else torch.int8, rows, features)
+    codes = meta(torch.float8_e4m3fn if format == "fp8_e4m3" else torch.int8, rows, features)
     return linear(run, codes, meta(torch.float32, rows, 1), weight, scale, None, None, format, group_size, dtype)
 
 
@@ -237,5 +242,5 @@ SHAPES: Mapping[str, Callable[[Runner, torch.dtype], Any]] = {
     "int8 per row, 2048 rows": lambda run, dtype: _shape(run, dtype, 2048, "int8", 4096),
     "int4 group 128, 16 rows": lambda run, dtype: _shape(run, dtype, 16, "int4", 128),
     "int4 group 128, 2048 rows": lambda run, dtype: _shape(run, dtype, 2048, "int4", 128),
-    "fp8 per row, 2048 rows": lambda run, dtype: _shape(run, dtype, 2048, "fp8", 4096) if run.device.fp8 else None,
+    "fp8 per row, 2048 rows": lambda run, dtype: _shape(run, dtype, 2048, "fp8_e4m3", 4096) if run.device.fp8 else None,
 }

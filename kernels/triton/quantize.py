@@ -1,4 +1,4 @@
-"""Rounding to low-bit codes on the GPU: activations to int8 per token or group, weights to packed int8 or int4 groups.
+"""Rounding to low-bit codes on the GPU: activations to int8 or fp8 per token or group, weights to packed int4 groups.
 
 The codes are those of `graphwright.ops.quantize_dequantize` and the layout that of `graphwright.packing`.
 """
@@ -26,13 +26,16 @@ from graphwright.kernels.triton.launch import (
     rows_of,
 )
 from graphwright.kernels.triton.norm import LARGEST_ROW
-from graphwright.kernels.triton.rounding import quantize_rows, round_half_even
+from graphwright.kernels.triton.rounding import encode_e4m3, round_half_even
+
+ROUNDED = ("int8", "fp8_e4m3")
+"""Formats that activations are rounded to."""
 
 
 @triton.jit
 def quantize_groups(
     x_ptr, static_scale_ptr, codes_ptr, scale_ptr, groups, x_row,
-    GROUPS_PER_ROW: tl.constexpr, GROUP_SIZE: tl.constexpr, LARGEST: tl.constexpr,
+    GROUPS_PER_ROW: tl.constexpr, GROUP_SIZE: tl.constexpr, LARGEST: tl.constexpr, FP8: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Groups of consecutive activations, each with its own scale, or all with one that was measured before."""
@@ -43,14 +46,19 @@ def quantize_groups(
     source = row.to(tl.int64)[:, None] * x_row + column[:, None] + item[None, :]
     x = tl.load(x_ptr + source, mask=inside, other=0.0).to(tl.float32)
     if static_scale_ptr is None:
-        codes, scale = quantize_rows(x, LARGEST)
+        # A group of zeros has no scale of its own; any will do, and this is the reference's.
+        scale = tl.maximum(tl.math.div_rn(tl.max(tl.abs(x), axis=1), LARGEST * 1.0), 1.1754943508222875e-38)
         tl.store(scale_ptr + group, scale, mask=group < groups)
+        step = tl.broadcast_to(scale[:, None], x.shape)
     else:
-        step = tl.load(static_scale_ptr).to(tl.float32)
-        codes = round_half_even(tl.math.div_rn(x, tl.broadcast_to(step, x.shape)))
-        codes = tl.minimum(tl.maximum(codes, -LARGEST * 1.0), LARGEST * 1.0)
+        step = tl.broadcast_to(tl.load(static_scale_ptr).to(tl.float32), x.shape)
+    scaled = tl.minimum(tl.maximum(tl.math.div_rn(x, step), -LARGEST * 1.0), LARGEST * 1.0)
+    if FP8:
+        codes = encode_e4m3(scaled)
+    else:
+        codes = round_half_even(scaled).to(tl.int32)
     target = group.to(tl.int64)[:, None] * GROUP_SIZE + item[None, :]
-    tl.store(codes_ptr + target, codes.to(tl.int8), mask=inside)
+    tl.store(codes_ptr + target, codes.to(codes_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -83,15 +91,15 @@ def pack_int4_groups(
 def quantize(
     run: Runner, x: Tensor, scale: Tensor | None, format: str, group_size: int
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Int8 codes [..., K] and float32 scales [..., K / group_size], or [..., 1] for one per token.
+    """Int8 codes, or bits of e4m3 as uint8, [..., K], and float32 scales [..., K / group_size], or [..., 1] per token.
 
     With a static `scale` [] that scale is returned as it is.
 
     Raises:
         BackendError: a format without a kernel, or a group that does not divide K or is too large.
     """
-    if format != "int8":
-        raise BackendError(f"No kernel rounds activations to {format}", fix="There is one for int8")
+    if format not in ROUNDED:
+        raise BackendError(f"No kernel rounds activations to {format}", fix=f"There are {', '.join(ROUNDED)}")
     width = x.shape[-1]
     size = group_size or width
     if width % size:
@@ -102,14 +110,16 @@ def quantize(
     flat = rows_of(x)
     per_row = width // size
     groups = flat.shape[0] * per_row
-    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    kind = packing.FORMATS[format]
+    codes = torch.empty(x.shape, dtype=kind.storage, device=x.device)
     steps = torch.empty((*x.shape[:-1], per_row), dtype=torch.float32, device=x.device) if scale is None else scale
     run(
         Launch(
             quantize_groups,
             {"x_ptr": flat, "static_scale_ptr": scale, "codes_ptr": codes,
              "scale_ptr": steps if scale is None else None, "groups": groups, "x_row": flat.stride(0)},
-            {"GROUPS_PER_ROW": per_row, "GROUP_SIZE": size, "LARGEST": 127},
+            {"GROUPS_PER_ROW": per_row, "GROUP_SIZE": size, "LARGEST": int(kind.largest),
+             "FP8": kind.dtype is not None},
             _configs(size, "BLOCK_SIZE"),
             lambda c: (cdiv(groups, c["BLOCK_GROUPS"]),),
             lambda c: Work(4 * c["BLOCK_GROUPS"] * size, c["BLOCK_GROUPS"] * size * (x.element_size() + 1)),
@@ -164,11 +174,13 @@ def quantize_reference(
     x: Tensor, scale: Tensor | None, format: str, group_size: int
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Codes and scales whose product is `quantize_dequantize(x)`."""
-    del format
+    kind = packing.FORMATS[format]
     grouped = x.float().unflatten(-1, (-1, group_size or x.shape[-1]))
     largest = grouped.abs().amax(-1, keepdim=True)
-    step = (largest / 127).clamp_min(torch.finfo(torch.float32).tiny) if scale is None else scale.float()
-    codes = (grouped / step).round().clamp(-127, 127).to(torch.int8).reshape(x.shape)
+    step = (largest / kind.largest).clamp_min(torch.finfo(torch.float32).tiny) if scale is None else scale.float()
+    scaled = (grouped / step).clamp(-kind.largest, kind.largest)
+    codes = scaled.round().to(torch.int8) if kind.dtype is None else scaled.to(kind.dtype).view(torch.uint8)
+    codes = codes.reshape(x.shape)
     return codes, step.squeeze(-1) if scale is None else scale
 
 
@@ -184,6 +196,7 @@ def pack_int4_reference(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor
 
 SHAPES: Mapping[str, Callable[[Runner, torch.dtype], Any]] = {
     "int8 per token 4096": lambda run, dtype: quantize(run, meta(dtype, 512, 4096), None, "int8", 0),
+    "fp8 per token 4096": lambda run, dtype: quantize(run, meta(dtype, 512, 4096), None, "fp8_e4m3", 0),
     "int8 per group 128": lambda run, dtype: quantize(run, meta(dtype, 512, 4096), None, "int8", 128),
     "pack int4 group 128": lambda run, dtype: pack_int4(run, meta(dtype, 4096, 4096), 128),
 }

@@ -1,6 +1,7 @@
 """Rotary embedding, and writing the result or anything else into a cache, in one pass.
 
-Su et al. 2021, arXiv:2104.09864. The table of angles is never stored: sines are computed where they are used.
+Su et al. 2021, arXiv:2104.09864. The table of angles is never stored: sines are computed where they are used. A cache
+lies in rows, or in blocks found through a table (Kwon et al. 2023, arXiv:2309.06180).
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from graphwright.errors import BackendError
+from graphwright.kernels.triton.cache_codes import slot_offset
 from graphwright.kernels.triton.launch import (
     Config,
     Launch,
@@ -30,9 +32,9 @@ from graphwright.kernels.triton.rounding import sine_and_cosine
 
 @triton.jit
 def rotate_and_store(
-    x_ptr, positions_ptr, inv_freq_ptr, slots_ptr, out_ptr,
-    heads, length, x_b, x_h, x_s, positions_b, out_b, out_h, out_s, scaling,
-    HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    x_ptr, positions_ptr, inv_freq_ptr, slots_ptr, table_ptr, out_ptr,
+    heads, length, pages, x_b, x_h, x_s, positions_b, out_b, out_h, out_s, scaling,
+    HEAD_DIM: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     """Some tokens of one head: rotated channels in pairs, then the channels that pass unchanged."""
@@ -47,7 +49,8 @@ def rotate_and_store(
         stored = present & (place >= 0)
     else:
         stored = present
-    target = out_ptr + batch * out_b + head * out_h + place * out_s
+    place, stored = slot_offset(place, table_ptr, batch, pages, out_b, out_s, stored, PAGE)
+    target = out_ptr + head * out_h + place
     if ROTARY > 0:
         pair = tl.arange(0, BLOCK_PAIRS)
         turning = pair < ROTARY // 2
@@ -86,8 +89,9 @@ def _launch(
     out: Tensor,
     scaling: float,
     interleaved: bool,
+    table: Tensor | None = None,
 ) -> None:
-    check_device(x=x, positions=positions, inv_freq=inv_freq, slots=slots, out=out)
+    check_device(x=x, positions=positions, inv_freq=inv_freq, slots=slots, table=table, out=out)
     batch, heads, length, head_dim = x.shape
     rotary = 0 if inv_freq is None else 2 * inv_freq.shape[0]
     if rotary > head_dim:
@@ -99,8 +103,9 @@ def _launch(
     arguments: dict[str, Any] = {
         "x_ptr": source, "positions_ptr": None if positions is None else positions.contiguous(),
         "inv_freq_ptr": None if inv_freq is None else inv_freq.float().contiguous(),
-        "slots_ptr": None if slots is None else slots.contiguous(), "out_ptr": out,
-        "heads": heads, "length": length, "scaling": float(scaling),
+        "slots_ptr": None if slots is None else slots.contiguous(),
+        "table_ptr": None if table is None else table.contiguous(), "out_ptr": out,
+        "heads": heads, "length": length, "pages": 0 if table is None else table.shape[1], "scaling": float(scaling),
         "positions_b": 0 if positions is None or positions.shape[0] == 1 else length,
         **strides("x", source, "bhs"), **strides("out", out, "bhs"),
     }  # fmt: skip
@@ -108,13 +113,16 @@ def _launch(
         Launch(
             rotate_and_store,
             arguments,
-            {"HEAD_DIM": head_dim, "ROTARY": rotary, "INTERLEAVED": interleaved},
+            {
+                "HEAD_DIM": head_dim, "ROTARY": rotary, "INTERLEAVED": interleaved,
+                "PAGE": 0 if table is None else out.shape[2],
+            },
             tuple(Config.of(num_warps=4, BLOCK_TOKENS=t, BLOCK_PAIRS=pairs, BLOCK_REST=rest) for t in (1, 4, 16, 32)),
             lambda c: (cdiv(length, c["BLOCK_TOKENS"]), batch * heads),
             lambda c: Work(8 * c["BLOCK_TOKENS"] * head_dim, 2 * c["BLOCK_TOKENS"] * head_dim * x.element_size()),
             static=fixed(head_dim, "x_b", "x_h", "x_s", "out_b", "out_h", "out_s"),
         )
-    )
+    )  # fmt: skip
 
 
 def rope(
@@ -145,6 +153,24 @@ def rope_cache_update(
     _launch(run, x, positions, inv_freq, slots, cache, scaling, interleaved)
 
 
+def paged_update(
+    run: Runner,
+    pool: Tensor,
+    x: Tensor,
+    slots: Tensor,
+    table: Tensor,
+    positions: Tensor | None = None,
+    inv_freq: Tensor | None = None,
+    scaling: float = 1.0,
+    interleaved: bool = False,
+) -> None:
+    """`graphwright.ops.paged_update(pool, rope(x, …), slots, table)`; what has no slot or block is not written at all.
+
+    With `inv_freq` None, x is written as it is.
+    """
+    _launch(run, x, positions, inv_freq, slots, pool, scaling, interleaved, table)
+
+
 def _keys(dtype: torch.dtype, length: int = 512) -> Tensor:
     return meta(dtype, 4, length, 8, 128).transpose(1, 2)
 
@@ -159,6 +185,10 @@ SHAPES: Mapping[str, Callable[[Runner, torch.dtype], Any]] = {
     "cache write": lambda run, dtype: rope_cache_update(
         run, meta(dtype, 4, 8, 1025, 128), _keys(dtype), meta(torch.int64, 4, 512), meta(torch.int64, 4, 512),
         meta(torch.float32, 64),
+    ),
+    "write into blocks": lambda run, dtype: paged_update(
+        run, meta(dtype, 513, 8, 16, 128), _keys(dtype), meta(torch.int64, 4, 512), meta(torch.int64, 4, 64),
+        meta(torch.int64, 4, 512), meta(torch.float32, 64),
     ),
     "cache write of values": lambda run, dtype: kv_cache_update(
         run, meta(dtype, 4, 8, 1025, 128), _keys(dtype), meta(torch.int64, 4, 512)

@@ -105,11 +105,29 @@ def test_quantized_caches(key_kind, value_kind, keys):
     assert relative_error(actual, expected) < 1e-4
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8 bits", "int4"])
+def test_codes_in_pages(kind):
+    torch.manual_seed(0)
+    table = torch.tensor([[4, 0, 6], [5, 3, -1]])
+    shape = (7, 2, 16, 32)
+    codes = [quantized(shape, kind.split()[0]) for _ in range(2)]
+    if kind == "int4":
+        codes = [Codes(one.codes, one.scale, bits=4) for one in codes]
+    if kind == "fp8 bits":
+        codes = [Codes(one.codes.view(torch.uint8), one.scale) for one in codes]
+    query, at, keys = torch.randn(2, 6, 2, 32), torch.tensor([[39, 40], [20, -1]]), torch.arange(41)[None]
+    actual = decode_attention.attention(
+        runner(1), query, *codes, at, keys, None, None, None, 0.2, True, pages=Pages(table, keys=41)
+    )
+    flat = [one.dequantize()[table.clamp(min=0)].transpose(1, 2).flatten(2, 3)[:, :, :41] for one in codes]
+    assert relative_error(actual, op.reference(query, *flat, at, keys, None, None, None, 0.2, True)) < 1e-4
+
+
 def test_refusals():
     query, cache = torch.zeros(1, 65, 1, 16), torch.zeros(1, 1, 4, 16)
     with pytest.raises(BackendError, match="65 queries.*64"):
         decode_attention.attention(runner(), query, cache, cache, *[None] * 5, 1.0, True)
-    codes = quantized((1, 1, 4, 16), "int8")
+    codes = quantized((1, 1, 4, 16), "kivi")
     pages = Pages(torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32))
-    with pytest.raises(BackendError, match="paged and quantized"):
+    with pytest.raises(BackendError, match="pages of keys that are quantized per channel"):
         decode_attention.attention(runner(), query[:, :1], codes, codes, *[None] * 5, 1.0, True, pages=pages)

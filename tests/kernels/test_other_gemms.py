@@ -41,7 +41,7 @@ def test_int8_products_do_not_saturate():
 def test_fp8_activations():
     torch.manual_seed(0)
     codes, weight = (torch.randn(n, 96).to(torch.float8_e4m3fn) for n in (5, 20))
-    args = (codes, torch.rand(5, 1), weight, torch.rand(20, 1), None, None, "fp8", 96, torch.float32)
+    args = (codes, torch.rand(5, 1), weight, torch.rand(20, 1), None, None, "fp8_e4m3", 96, torch.float32)
     assert relative_error(integer_gemm.linear(runner(4), *args), integer_gemm.linear_reference(*args)) < 1e-5
 
 
@@ -54,7 +54,7 @@ def test_integer_refusals():
     with pytest.raises(BackendError, match="sm_80 has no fp8"):
         integer_gemm.linear(
             Recorder(DEVICES["cuda:sm_80"]), fp8, meta(torch.float32, 2, 1), fp8, meta(torch.float32, 2, 1),
-            None, None, "fp8", 64, torch.float16,
+            None, None, "fp8_e4m3", 64, torch.float16,
         )  # fmt: skip
 
 
