@@ -73,7 +73,8 @@ def test_latents_and_pages():
 def test_the_error_is_measured_and_reported():
     record = rewritten("llama", "static_cache", "half_cache", verify=True).history[-1]
     assert record.name == "half_cache"
-    assert 0 < record.error < 5e-3
+    assert 0 < record.error < 0.05, "the largest one of any logit, which may be small itself"
+    assert record.notes["kl"] < 1e-4
     assert record.notes["cache_bytes_per_token"] == [2 * 2 * 2 * 16 * 4, 2 * 2 * 2 * 16 * 2]
 
 
@@ -93,9 +94,9 @@ def test_layouts_of_their_own_are_refused(other):
 
 
 GOLDEN = """\
-%29 = kv_cache_update(%key_cache_0_float16, %28, %positions) : None
-%30 = slice.Tensor(%key_cache_0_float16, 2, 0, %11) : float16[batch, 2, keys, 16]
-%31 = to.dtype(%30, float32) : float32[batch, 2, keys, 16]
+%25 = kv_cache_update(%key_cache_0_float16, %24, %positions) : None
+%26 = slice.Tensor(%key_cache_0_float16, 2, 0, %7) : float16[batch, 2, keys, 16]
+%27 = to.dtype(%26, float32) : float32[batch, 2, keys, 16]
 """
 
 
