@@ -85,7 +85,7 @@ def written(module: fx.GraphModule) -> set[fx.Node]:
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
             for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
                 if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
-                    bases.add(_base(value))
+                    bases.add(base_of(value))
     changing = set(bases)
     for node in module.graph.nodes:
         if _is_view(node) and node.args[0] in changing:
@@ -102,7 +102,8 @@ def _is_view(node: fx.Node) -> bool:
     return bool(schema and schema.arguments and schema.arguments[0].alias_info is not None)
 
 
-def _base(node: fx.Node) -> fx.Node:
+def base_of(node: fx.Node) -> fx.Node:
+    """The node whose memory a view shows; itself for any other."""
     while _is_view(node):
         node = node.args[0]  # type: ignore[assignment]
     return node

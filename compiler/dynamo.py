@@ -4,6 +4,9 @@ Dynamo hands over one graph per region of the model, between graph breaks, and c
 that region. The graph is brought to ATen, raised and rewritten like a captured program; passes that would change what
 the region is called with (cache insertion, chosen logits) are left out, since the model brings its own cache.
 
+A backend that is named takes what it has kernels for; the target's last backend takes the rest of the region, and a
+warning lists every node that was left to it, with the reason.
+
 Weights are taken as they are when the region is compiled, as `torch._inductor` does when it freezes: change a weight
 afterwards and call `torch._dynamo.reset()`. Gradients are not computed.
 """
@@ -19,7 +22,7 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphwright import clean, registry, shapes
-from graphwright.backend import AheadOfTimeBackend, Backend, JustInTimeBackend, backends_for, choose
+from graphwright.backend import AheadOfTimeBackend, Backend, JustInTimeBackend, backends_for, choose, required_backend
 from graphwright.capture import finish
 from graphwright.contract import Contract, Dim, InputSpec
 from graphwright.errors import BackendError, RecipeError, nearest
@@ -28,6 +31,7 @@ from graphwright.pass_ import Context
 from graphwright.program import Metadata, Program
 from graphwright.recipe import Recipe
 from graphwright.serialize import set_attribute
+from graphwright.split import compile_parts
 from graphwright.target import Target
 
 aten = torch.ops.aten
@@ -121,12 +125,37 @@ class _Region:
         context = Context(self.target)
         manager = PassManager(context, self.recipe.budget, verify=self.verify and not _writes_inputs(flat))
         rewritten = manager.run(program, plan_passes(self.recipe, program))
-        lowering, _ = choose(rewritten, self.target, self.backends)
-        if not isinstance(lowering, JustInTimeBackend):
-            raise BackendError(f"Backend {lowering.name} compiles ahead of time only", fix="Use graphwright.compile")
-        run = lowering.jit(rewritten)
+        run = self._lowered(rewritten)
         names = {str(node.target) for node in clean.written(rewritten.module) if node.op == "placeholder"}
         return _Densely(run, kept, [str(self.placeholders[i].target) in names for i in kept])
+
+    def _lowered(self, program: Program) -> Callable[[Sequence[Any]], Any]:
+        """The program compiled by the backend of choice, and by the target's last one where that leaves nodes out."""
+        lowering, _ = choose(program, self.target, self.backends)
+        last = required_backend(self.target)
+        if lowering.name == last.name or not isinstance(last, JustInTimeBackend):
+            if not isinstance(lowering, JustInTimeBackend):
+                raise BackendError(
+                    f"Backend {lowering.name} compiles ahead of time only", fix="Use graphwright.compile"
+                )
+            return lowering.jit(program)
+        run, left = compile_parts(program, self.target, lowering, last)
+        if left:
+            calls = sum(isinstance(node.meta.get("val"), Tensor) for node in program.calls())
+            warnings.warn(
+                f"graphwright: backend {lowering.name} leaves {len(left)} of {calls} nodes of this region to "
+                f"{last.name}: {_by_reason(left)}",
+                stacklevel=2,
+            )
+        return run
+
+
+def _by_reason(left: Mapping[str, str]) -> str:
+    """Every node that was left out, those with the same reason together."""
+    names: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(nodes)}: {reason}" for reason, nodes in names.items())
 
 
 class _Densely:

@@ -7,7 +7,8 @@
 
 Nodes are put into levels: a node belongs to the latest level of what it reads, or to the next where that level is of
 the other kind. Levels of one kind so alternate with the other, there are as few as the longest chain of changes, and no
-level reads from a later one. What touches the same state keeps its order. Arithmetic on sizes belongs to nobody: each
+level reads from a later one. What touches the same memory keeps its order where any node writes it, through views too:
+state, and inputs of a region that dynamo hands over. Arithmetic on sizes belongs to nobody: each
 part that needs a size computes it from its own tensors.
 """
 
@@ -20,6 +21,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from graphwright.clean import base_of, written
 from graphwright.contract import Contract, Dim, InputSpec
 from graphwright.errors import BackendError
 from graphwright.program import Program
@@ -36,12 +38,14 @@ class Part:
         program: its inputs and outputs are the whole program's, or values of other parts.
         nodes: names of the whole program's nodes that it runs.
         sizes: dimensions of its contract that the whole program has no name for, over those that it has.
+        sources: names of the whole program's nodes whose values it takes, weights apart.
     """
 
     taken: bool
     program: Program
     nodes: tuple[str, ...]
     sizes: dict[str, sympy.Expr] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
 
 
 def partition(program: Program, taken: Callable[[fx.Node], bool]) -> list[Part]:
@@ -60,7 +64,7 @@ def partition(program: Program, taken: Callable[[fx.Node], bool]) -> list[Part]:
 
 def assign_levels(program: Program, taken: Callable[[fx.Node], bool]) -> dict[fx.Node, int]:
     """The level of every call that makes tensors: odd ones are taken, even ones are left out."""
-    held = {spec.name for spec in program.contract.state}
+    changing = written(program.module)
     levels: dict[fx.Node, int] = {}
     last: dict[fx.Node, int] = {}
     for node in program.calls():
@@ -69,12 +73,18 @@ def assign_levels(program: Program, taken: Callable[[fx.Node], bool]) -> dict[fx
         if node.target.__name__ == "getitem":
             levels[node] = levels[node.args[0]]  # of several results, which do not leave their part
             continue
-        touched = [n for n in node.all_input_nodes if n.op == "placeholder" and str(n.target) in held]
+        touched = {base_of(n) for n in node.all_input_nodes if n in changing}
         sources = [levels[n] for n in _tensors(node) if n in levels] + [last[n] for n in touched if n in last]
         least = max(sources, default=0)
         levels[node] = least if least % 2 == taken(node) else least + 1
         last |= dict.fromkeys(touched, levels[node])
     return levels
+
+
+def too_small(part: Part, parts: Sequence[Part], least: int) -> bool:
+    """Whether a part that is taken has fewer nodes than `least` and no weight matrix, and is not the only part."""
+    matrices = (n for n in part.program.graph.nodes if n.op == "get_attr" and n.meta["val"].dim() > 1)
+    return part.taken and len(parts) > 1 and len(part.nodes) < least and next(matrices, None) is None
 
 
 def _is_size(node: fx.Node) -> bool:
@@ -123,7 +133,7 @@ class _Cutter:
         sources.sort(key=lambda node: order_of[self._name(node)])
         module = fx.GraphModule(self._program.module, self._graph(sources, nodes, made))
         program = Program(module, own, self._program.metadata)
-        return Part(taken, program, tuple(node.name for node in nodes), sizes)
+        return Part(taken, program, tuple(node.name for node in nodes), sizes, tuple(n.name for n in sources))
 
     def _graph(self, sources: Sequence[fx.Node], nodes: Sequence[fx.Node], made: Sequence[fx.Node]) -> fx.Graph:
         graph = fx.Graph()
@@ -191,4 +201,4 @@ class _Cutter:
         return Dim(name, *ends)
 
 
-__all__ = ["Part", "assign_levels", "partition"]
+__all__ = ["Part", "assign_levels", "partition", "too_small"]

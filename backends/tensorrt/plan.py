@@ -24,7 +24,7 @@ from graphwright.backends.onnx.options import OnnxOptions
 from graphwright.backends.onnx.translate import RefusalError
 from graphwright.backends.tensorrt import engine
 from graphwright.errors import BackendError
-from graphwright.partition import Part, partition
+from graphwright.partition import Part, partition, too_small
 from graphwright.program import Program
 from graphwright.target import Target
 
@@ -79,9 +79,8 @@ def _outside(reasons: Mapping[str, str]) -> Callable[[fx.Node], bool]:
 
 def _too_small(parts: list[Part]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for part in parts if len(parts) > 1 else []:
-        matrices = [n for n in part.program.graph.nodes if n.op == "get_attr" and n.meta["val"].dim() > 1]
-        if part.taken and len(part.nodes) < SMALLEST and not matrices:
+    for part in parts:
+        if too_small(part, parts, SMALLEST):
             reason = f"TensorRT takes it, and its part of {len(part.nodes)} between nodes that stay out is too small"
             found |= dict.fromkeys(part.nodes, reason)
     return found

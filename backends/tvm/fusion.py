@@ -4,6 +4,7 @@ norm → rounding                        one kernel that puts out codes
 rope → cache update                    keys are rotated on their way into the cache
 rounding → updates of codes and scale  one kernel that rounds what it writes, rotated where it is a key
 dequantized cache → attention          codes become floats as they are read
+float16 cache → float32 → attention    the same
 linear → add of a tensor of its shape  the residual is added as the linear layer stores
 linear → halves → gated activation     gate and up are multiplied as the linear layer stores
 """
@@ -42,6 +43,7 @@ class Fusion:
         rope: the rotation of what a cache update writes.
         codes: the rounding, and the update of its scales, by the update of its codes.
         held: dequantized caches that only attentions read.
+        widened: conversions from float16 to float32 that only attentions read.
     """
 
     inside: set[fx.Node] = field(default_factory=set)
@@ -50,6 +52,7 @@ class Fusion:
     rope: dict[fx.Node, fx.Node] = field(default_factory=dict)
     codes: dict[fx.Node, tuple[fx.Node, fx.Node]] = field(default_factory=dict)
     held: set[fx.Node] = field(default_factory=set)
+    widened: set[fx.Node] = field(default_factory=set)
 
 
 def integer_product(node: Any) -> bool:
@@ -102,6 +105,9 @@ def plan_fusion(program: Program) -> Fusion:
         if all(_reads_as_keys(user, node) for user in node.users):
             found.held.add(node)
             found.inside.add(node)
+    for node in program.calls(aten.to.dtype):
+        if from_half(node) and all(_reaches_keys(user, node) for user in node.users):
+            found.widened.add(node)
     for node in program.calls(ops.kv_cache_update.target):
         new = found.codes[node][0].args[0] if node in found.codes else node.args[1]
         if isinstance(new, fx.Node) and new.target is ops.rope.target and len(new.users) == 1:
@@ -129,6 +135,20 @@ def _reads_as_keys(user: fx.Node, node: fx.Node) -> bool:
     """Whether an attention reads a node as its keys or values, and nothing else."""
     places = [i for i, argument in enumerate(user.args) if argument is node]
     return user.target is ops.attention.target and bool(places) and set(places) <= {1, 2}
+
+
+def _reaches_keys(user: fx.Node, node: fx.Node) -> bool:
+    """Whether attentions read a node, or a slice of it, as their keys or values, and nothing else reads it."""
+    if user.target is aten.slice.Tensor:
+        return all(_reads_as_keys(reader, user) for reader in user.users)
+    return _reads_as_keys(user, node)
+
+
+def from_half(node: fx.Node) -> bool:
+    """Whether a node is a tensor in float16 converted to float32."""
+    if node.target is not aten.to.dtype or not isinstance(node.args[0], fx.Node):
+        return False
+    return (node.args[0].meta["val"].dtype, node.meta["val"].dtype) == (torch.float16, torch.float32)
 
 
 def _fuse_epilogue(node: fx.Node, found: Fusion) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor, fx
 from graphwright import ops
 from graphwright.backend import Support
 from graphwright.backends.tvm import expert_layout
-from graphwright.backends.tvm.fusion import cached_parts, multiplies_codes
+from graphwright.backends.tvm.fusion import cached_parts, from_half, multiplies_codes
 from graphwright.backends.tvm.layout import fractional, halves_obstacle, stored_float
 from graphwright.backends.tvm.leftovers import converter_name, refusal
 from graphwright.backends.tvm.translate import KERNELS, VIEWS, constant_place
@@ -29,7 +29,7 @@ def _obstacle(node: fx.Node) -> str:
     schema = getattr(node.target, "_schema", None)
     if schema is not None and schema.is_mutable and node.target is not ops.kv_cache_update.target:
         return f"{converter_name(node)} writes into its argument"
-    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float32:
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float32 and not _held(node):
         return "the TVM backend computes in float32"
     if node.target in (ops.quantized_linear.target, ops.quantized_embedding.target):
         return _quantized_obstacle(node)
@@ -56,6 +56,16 @@ def _obstacle(node: fx.Node) -> str:
     if op_of(node.target) is not None:
         return f"the TVM backend has no kernel for {op_name(node.target)}"
     return refusal(node)
+
+
+def _held(node: fx.Node) -> bool:
+    """Whether a node is part of a float16 cache that is only read to be converted to float32."""
+    return (
+        node.target is aten.slice.Tensor
+        and isinstance(node.args[0], fx.Node)
+        and node.args[0].op == "placeholder"
+        and all(map(from_half, node.users))
+    )
 
 
 def _quantized_obstacle(node: fx.Node) -> str:

@@ -72,6 +72,9 @@ from graphwright.rewrite import describe
 
 aten = torch.ops.aten
 
+CACHED = ("float32", "float16")
+"""Dtypes of caches of plain numbers."""
+
 KEY_PARTS = 8
 """Tasks that the keys and heads of one decode step are cut into, at least."""
 
@@ -393,7 +396,7 @@ def _index(t: Translator, node: fx.Node) -> View | None:
 
 def _same(t: Translator, node: fx.Node) -> View | None:
     source = t.view(node.args[0])
-    return source if source.dtype == dtype_of(node.meta["val"]) else None
+    return source if source.dtype == dtype_of(node.meta["val"]) or node in t.fusion.widened else None
 
 
 def _split(t: Translator, node: fx.Node) -> list[View]:
@@ -527,7 +530,13 @@ def _update(t: Translator, node: fx.Node) -> None:
             [source.variable, slots.variable, *table, codes.variable, scale.variable],
         )
         return
-    cache = t.view(cache_node, "float32")
+    cache = t.view(cache_node)
+    if cache.dtype not in CACHED:
+        raise BackendError(
+            f"The TVM kernels write caches in {' or '.join(CACHED)}, and this one holds {cache.dtype}",
+            where=describe(node),
+            fix="Use backend='inductor'",
+        )
 
     def build(s: Sizes) -> tirx.PrimFunc:
         return rope_kernels.update_cache(
@@ -545,7 +554,7 @@ def _update(t: Translator, node: fx.Node) -> None:
 def _held(t: Translator, node: fx.Node) -> tuple[View, View | None]:
     """Keys or values, and the scales of those that are codes."""
     if node not in t.fusion.held:
-        return t.rows(node), None
+        return t.rows(node, "float16" if t.view(node).dtype == "float16" else "float32"), None
     return t.view(node.args[0], "int8"), t.view(node.args[1], "float32")
 
 
@@ -585,7 +594,9 @@ def _attention(t: Translator, node: fx.Node) -> View:
 
     def operands(s: Sizes) -> attention_kernels.Operands:
         optional = (v and s.layout(v.layout) for v in (*places, key_scale, value_scale))
-        return attention_kernels.Operands(*(s.layout(v.layout) for v in (query, key, value)), *optional)
+        return attention_kernels.Operands(
+            *(s.layout(v.layout) for v in (query, key, value)), *optional, key.dtype, value.dtype
+        )
 
     inputs = [v.variable for v in (query, key, value, key_scale, value_scale, *places) if v is not None]
     inputs += [t.view(part, "float32").variable for part in (slopes, sinks) if part is not None]

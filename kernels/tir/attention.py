@@ -13,7 +13,7 @@ reduction across lanes and keys need no transposition; blocks of keys that no ro
 (FlashAttention-2, Dao 2023, arXiv:2307.08691), here as in decode.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +85,7 @@ class Attention:
 class Operands:
     """Where an attention's tensors lie; positions that are None count from 0.
 
-    Keys and values with a scale, [B, Hkv, T, 1], are int8 codes.
+    Keys and values with a scale, [B, Hkv, T, 1], are int8 codes; others are float32, or float16 where that is said.
     """
 
     query: Layout
@@ -95,6 +95,8 @@ class Operands:
     key_positions: Layout | None
     key_scale: Layout | None = None
     value_scale: Layout | None = None
+    key_dtype: str = "float32"
+    value_dtype: str = "float32"
 
 
 class Buffers:
@@ -103,8 +105,8 @@ class Buffers:
     def __init__(self, k: Kernel, a: Attention, o: Operands, parts: int) -> None:
         self.a, self.o = a, o
         self.query = k.read("query", o.query.base, "float32")
-        self.key = k.read("key", o.key.base, "int8" if o.key_scale else "float32")
-        self.value = k.read("value", o.value.base, "int8" if o.value_scale else "float32")
+        self.key = k.read("key", o.key.base, "int8" if o.key_scale else o.key_dtype)
+        self.value = k.read("value", o.value.base, "int8" if o.value_scale else o.value_dtype)
         self.key_scale = k.read("key_scale", o.key_scale.base, "float32") if o.key_scale else None
         self.value_scale = k.read("value_scale", o.value_scale.base, "float32") if o.value_scale else None
         self.query_at = k.read("query_positions", o.query_positions.base, "int64") if o.query_positions else None
@@ -231,7 +233,7 @@ def _decode_part(
         places = [let(minimum(start + i, o.key.shape[2] - 1)) for i in range(KEYS)]
         key_rows = [let(o.key.at(row, head, place)) for place in places]
         value_rows = [let(o.value.at(row, head, place)) for place in places]
-        # Codes become floats once, for all the query heads that read them; scales are put in per key afterwards.
+        # Codes and halves become floats once, for all the query heads that read them; scales come per key afterwards.
         key_scales, value_scales = (b.scales(kind, row, head, places) for kind in ("key", "value"))
         keys, key_rows = _floats(b.key, key_rows, a.head_dim)
         plain, value_rows = _floats(b.value, value_rows, a.value_dim)
@@ -363,6 +365,12 @@ class _RowBlock:
         self.positions = local(self.width, "int32")
         self.slopes = local(self.width, "float32") if b.slopes is not None else None
         self.range = local(2, "int32")
+        widths = [
+            size
+            for buffer, size in ((b.key, self.a.head_dim), (b.value, self.a.value_dim))
+            if buffer.dtype != "float32"
+        ]
+        self.floats = local(KEY_BLOCK * max(widths), "float32") if widths else None
 
     def emit(self) -> None:
         """The task."""
@@ -417,21 +425,38 @@ class _RowBlock:
     def _scores(self, start: Any) -> None:
         """weights[key, row] = key · query; four keys and all rows at a time."""
         a, step = self.a, 4
+        keys, begin = self._as_floats(self.b.key, self.o.key, a.head_dim, start)
         with loop(KEY_BLOCK // step) as quad:
             sums = local(step * self.width, "float32")
             for i in range(step * self.vectors):
                 sums.put(i * 16, constant(0.0, 16))
             last = self.o.key.shape[2] - 1
             places = [let(minimum(start + quad * step + i, last)) for i in range(step)]
-            starts = [let(self.o.key.at(self.sequence, self.head, place)) for place in places]
+            starts = [let(begin(quad * step + i)) for i in range(step)]
             scales = self.b.scales("key", self.sequence, self.head, places)
             with loop(a.head_dim) as d:
                 rows = [let(self.query.vec(d * self.width + 16 * v)) for v in range(self.vectors)]
-                self._outer(sums, [tirx.Cast("float32", self.b.key[at + d]) for at in starts], rows)
+                self._outer(sums, [keys[at + d] for at in starts], rows)
             for i in range(step * self.vectors):
                 sum_ = sums.vec(i * 16)
                 scaled = sum_ if scales is None else sum_ * splat(scales[i // self.vectors])
                 self.weights.put(quad * (step * self.width) + i * 16, scaled)
+
+    def _as_floats(self, buffer: Flat, layout: Layout, width: int, start: Any) -> tuple[Flat, Callable[[Any], Any]]:
+        """A block of keys or values as float32, and where each of them begins; floats stay where they are."""
+        last = layout.shape[2] - 1
+
+        def place(key: Any) -> Any:
+            return layout.at(self.sequence, self.head, minimum(start + key, last))
+
+        if self.floats is None or buffer.dtype == "float32":
+            return buffer, place
+        lanes = widest(width)
+        with loop(KEY_BLOCK) as key:
+            row = let(place(key))
+            with loop(width // lanes) as i:
+                self.floats.put(key * width + i * lanes, floats(buffer.vec(row + i * lanes, lanes), lanes), lanes)
+        return self.floats, lambda key: key * width
 
     def _outer(self, sums: Flat, left: list[Any], right: list[Any]) -> None:
         """sums[i, v] += left[i] * right[v]."""
@@ -474,7 +499,7 @@ class _RowBlock:
     def _accumulate(self, start: Any) -> None:
         """values[channel, row] += value · weights; four channels and all rows at a time."""
         step = 4 if self.a.value_dim % 4 == 0 else 1
-        last = self.o.value.shape[2] - 1
+        values, begin = self._as_floats(self.b.value, self.o.value, self.a.value_dim, start)
         self._scale_weights(start)
         with loop(self.a.value_dim // step) as quad:
             sums = local(step * self.width, "float32")
@@ -483,9 +508,9 @@ class _RowBlock:
                     place = (quad * step + i) * self.width + 16 * v
                     sums.put(i * self.width + 16 * v, self.values.vec(place) * self.fade.vec(16 * v))
             with loop(KEY_BLOCK) as key:
-                at = let(self.o.value.at(self.sequence, self.head, minimum(start + key, last)) + quad * step)
+                at = let(begin(key) + quad * step)
                 rows = [let(self.weights.vec(key * self.width + 16 * v)) for v in range(self.vectors)]
-                self._outer(sums, [tirx.Cast("float32", self.b.value[at + i]) for i in range(step)], rows)
+                self._outer(sums, [values[at + i] for i in range(step)], rows)
             for i in range(step * self.vectors):
                 self.values.put(quad * (step * self.width) + i * 16, sums.vec(i * 16))
 

@@ -6,8 +6,8 @@
 
 A sequence takes blocks as it grows, wherever they are free, and sequences that begin alike share them (Kwon et al.
 2023, arXiv:2309.06180); who has which is the business of `graphwright.engine.paging`. It applies to whatever lies in
-slots: caches as they are, in int8 (after `quantized_cache`), or DeepSeek's latent ones. Rings of windows stay in rows.
-Blocks are gathered at every step; there is no CPU kernel that reads them in place.
+slots: caches as they are, in halves (after `half_cache`) or int8 (after `quantized_cache`), or DeepSeek's latent ones.
+Rings of windows stay in rows. Blocks are gathered at every step; there is no CPU kernel that reads them in place.
 """
 
 import torch
@@ -35,7 +35,7 @@ class PagedCache(CacheLayout):
         "2309.06180",
     )  # fmt: skip
     provides = ("paged_cache",)
-    after = ("quantized_cache", "kvquant_cache")
+    after = ("quantized_cache", "kvquant_cache", "half_cache")
     conflicts = ("paged_cache", "kivi_cache", "evicting_cache")
 
     block_size: int = Field(16, ge=1, description="tokens in a block")

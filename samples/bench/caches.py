@@ -50,6 +50,7 @@ def layouts(length: int) -> dict[str, list[Any]]:
     budget = length // 5
     return {
         "static": [],
+        "float16": ["half_cache"],
         "int8": ["quantized_cache"],
         "int4": [{"quantized_cache": {"format": "int4"}}],
         "fp8": [{"quantized_cache": {"format": "fp8_e4m3"}}],

@@ -122,3 +122,21 @@ def test_contract_changing_passes_are_left_out():
 
     kept = dynamo._keeping_contract(Recipe.load("int4"))
     assert [p.name for p in kept.passes] == ["merge_linear", "experts", "rtn"]
+
+
+@torch.no_grad()
+def test_a_named_backend_takes_a_part_and_the_rest_is_reported():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = torch.nn.Linear(16, 32), torch.nn.Linear(32, 4)
+
+        def forward(self, x):
+            return self.two(self.one(x).relu().cummax(-1).values)
+
+    model = Model()
+    compiled = torch.compile(model, backend="graphwright", options={"backend": "tvm"})
+    x = torch.randn(5, 16)
+    with pytest.warns(UserWarning, match=r"backend tvm leaves \d of \d nodes of this region to inductor: .*cummax"):
+        found = compiled(x)
+    assert relative_error(found, model(x)) < 1e-5

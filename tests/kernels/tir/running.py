@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 import tvm
+import tvm_ffi
 from torch.nn import functional
 from tvm import tirx
 
@@ -16,8 +17,21 @@ from graphwright.target import Target
 HOST = Target.parse("cpu")
 
 
+_compiled: dict[int, list[tuple[tirx.PrimFunc, Callable[..., None]]]] = {}
+"""Kernels by the hash of their code: many sizes are tested with one kernel, and compiling takes seconds."""
+
+
 def compiled(function: tirx.PrimFunc) -> Callable[..., None]:
-    """The kernel for this machine."""
+    """The kernel for this machine; equal ones are compiled once."""
+    known = _compiled.setdefault(tvm_ffi.structural_hash(function), [])
+    for other, kernel in known:
+        if tvm_ffi.structural_equal(function, other):
+            return kernel
+    known.append((function, _compile(function)))
+    return known[-1][1]
+
+
+def _compile(function: tirx.PrimFunc) -> Callable[..., None]:
     module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
     # As the backend builds kernels: sharing memory between buffers would take registers from some of them.
     with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from kernels.tir.running import dense, nowhere, run, size
 
+from graphwright.backends.tvm.translate import dtype_of
 from graphwright.kernels.tir import attention as kernels
 from graphwright.numerics import relative_error
 from graphwright.ops import attention, dequantize_tokens, quantize_tokens
@@ -47,6 +48,7 @@ def kernel_output(sample, decode: bool, parts: int = 3, scales: tuple = ()) -> t
         positions(query_at, s),
         positions(key_at, t),
         *(dense(b, kv_heads, t, 1) for _ in scales),
+        **({} if scales else {"key_dtype": dtype_of(key), "value_dtype": dtype_of(value)}),
     )
     given = [query, key, value, *scales, *(x for x in (query_at, key_at, slopes, sinks) if x is not None)]
     out = nowhere(batch, length, heads, value_dim)
@@ -82,16 +84,22 @@ def test_head_shapes(head_dim, heads, kv_heads):
             assert relative_error(kernel_output(sample, decode=True), expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("codes", [False, True])
-@pytest.mark.parametrize("options", [(), (5,), (0, 7), (0, 0, 3, 30.0)], ids=str)
-def test_few_queries_are_the_same_to_the_bit_alone_and_in_company(options, codes):
+OPTIONS_OF_FEW = ((), (5,), (0, 7), (0, 0, 3, 30.0))
+FEW_CASES = [(options, held_as) for held_as in ("float32", "int8") for options in OPTIONS_OF_FEW]
+FEW_CASES += [((5,), "float16"), ((0, 0, 3, 30.0), "float16")]
+
+
+@pytest.mark.parametrize(("options", "held_as"), FEW_CASES, ids=str)
+def test_few_queries_are_the_same_to_the_bit_alone_and_in_company(options, held_as):
     """So verifying guesses, or decoding several sequences at once, changes no token."""
     torch.manual_seed(0)
     queries, keys = kernels.FEW, 67
     query = torch.randn(2, 9, queries, 24)
     held, scales = [torch.randn(2, 3, keys, 24) for _ in range(2)], ()
-    if codes:
+    if held_as == "int8":
         held, scales = zip(*(quantize_tokens(tensor, "int8") for tensor in held), strict=True)
+    elif held_as == "float16":
+        held = [tensor.half() for tensor in held]
     query_at = torch.arange(keys - queries, keys)[None].repeat(2, 1)
     rest = (torch.arange(keys)[None], None, torch.rand(9), torch.randn(9), 0.2, True, *options)
 
@@ -146,6 +154,34 @@ def test_keys_and_values_as_int8_codes(heads, kv_heads, head_dim):
         for decode in (False, True) if queries == 1 else (False,):
             found = kernel_output(codes, decode, scales=(key[1], value[1]))
             assert relative_error(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "options"),
+    [
+        (4, 4, 64, ()),
+        (6, 2, 80, (5,)),
+        (8, 1, 96, (0, 7)),
+        (3, 1, 128, (16, 0, 0, 0.0, 3)),
+        (4, 4, 20, (0, 0, 3, 30.0)),
+    ],
+    ids=str,
+)
+def test_keys_and_values_as_halves(heads, kv_heads, head_dim, options):
+    """The op's reference widens them too, so that only the order of sums differs."""
+    torch.manual_seed(1)
+    for queries, keys in ((1, 67), (5, 33), (35, 70)):
+        query = torch.randn(2, heads, queries, head_dim)
+        key = torch.randn(2, kv_heads, keys, head_dim).half()
+        value = torch.randn(2, kv_heads, keys, head_dim + 4).half()
+        key_at = torch.arange(keys)[None].repeat(2, 1)
+        key_at[1, :3] = -1
+        query_at = torch.arange(keys - queries, keys)[None].repeat(2, 1)
+        sinks = torch.randn(heads) if options else None
+        sample = (query, key, value, query_at, key_at, None, None, sinks, head_dim**-0.5, True, *options)
+        expected = attention(*sample)
+        for decode in (False, True) if queries == 1 else (False,):
+            assert relative_error(kernel_output(sample, decode), expected) < TOLERANCE
 
 
 LIMITS = [(5, 0, 3, 0), (16, 0, 0, 8), (24, 0, 9, 8), (0, 7, 2, 0), (40, 0, 4, 0), (4, 0, 0, 4)]
