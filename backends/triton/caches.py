@@ -13,7 +13,7 @@ sliding window for one, reads it in floating point: `read_cache`.
 
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -79,7 +79,8 @@ def held(node: fx.Node) -> Held | None:
     if all(part.target == semantic.paged_read.target for part in (codes, scale)):
         if codes.args[1:] != scale.args[1:]:
             return None
-        return Held(codes.args[0], scale.args[0], *codes.args[1:], format)
+        pool, table, keys = codes.args
+        return Held(pool, scale.args[0], table, keys, format)
     return Held(codes, scale, None, _value(codes).shape[2], format)
 
 
@@ -202,7 +203,7 @@ def _table(write: fx.Node) -> Any:
 
 def _states(part: Held) -> list[fx.Node]:
     sources = [source for source in (part.codes, part.scale) if source is not None]
-    return [source.args[0] if source.target is aten.slice.Tensor else source for source in sources]
+    return [cast(fx.Node, source.args[0]) if source.target is aten.slice.Tensor else source for source in sources]
 
 
 def _disturbed(state: fx.Node, reader: fx.Node) -> bool:

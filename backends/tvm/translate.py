@@ -593,9 +593,19 @@ def _attention(t: Translator, node: fx.Node) -> View:
     )
 
     def operands(s: Sizes) -> attention_kernels.Operands:
-        optional = (v and s.layout(v.layout) for v in (*places, key_scale, value_scale))
+        def layout(view: View | None) -> Layout | None:
+            return s.layout(view.layout) if view else None
+
         return attention_kernels.Operands(
-            *(s.layout(v.layout) for v in (query, key, value)), *optional, key.dtype, value.dtype
+            s.layout(query.layout),
+            s.layout(key.layout),
+            s.layout(value.layout),
+            layout(places[0]),
+            layout(places[1]),
+            key_scale=layout(key_scale),
+            value_scale=layout(value_scale),
+            key_dtype=key.dtype,
+            value_dtype=value.dtype,
         )
 
     inputs = [v.variable for v in (query, key, value, key_scale, value_scale, *places) if v is not None]

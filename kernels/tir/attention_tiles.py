@@ -14,7 +14,8 @@ One register holds 32 values along the summed dimension, in 16 words. Any order 
 holds value j and value j + 16, so that words are made from whole vectors.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tvm import tirx
@@ -252,7 +253,8 @@ class _Task:
             column, at = tile * 16, let(rows * WIDTH + tile * 16)
             top = local(16, "float32")
             top.put(0, self.best.vec(at))
-            self._unless(clear, lambda column=column, at=at, top=top: self._mask(column, at, top, start, positions))
+            with _unless(clear):
+                self._mask(column, at, top, start, positions)
             if clear is not None:
                 with loop(KEY_BLOCK) as key:
                     top.put(0, T.max(top.vec(0), self.score.vec(key * WIDTH + column)))
@@ -272,13 +274,6 @@ class _Task:
                     halves.append(weight if scale is None else weight * splat(scale[key]))
                 _put_words(self.weight, (step * 2 + tile) * PAIR + i * amx.TILE, halves)
             self.total.put(at, sums.vec(0))
-
-    def _unless(self, condition: Any, emit: Callable[[], None]) -> None:
-        if condition is None:
-            emit()
-            return
-        with T.If(tirx.Not(condition)), T.Then():
-            emit()
 
     def _mask(self, column: int, at: Any, top: Flat, start: Any, positions: Flat) -> None:
         """Products of 16 rows become scores, those that rows do not see the lowest; `top` gathers the largest."""
@@ -369,6 +364,16 @@ class _Task:
         total = let(total)
         none = constant(0.0, 16)
         return tirx.Select(total > none, scale / total, none)
+
+
+@contextmanager
+def _unless(condition: Any) -> Iterator[None]:
+    """What is emitted runs if the condition does not hold; always if there is none."""
+    if condition is None:
+        yield
+        return
+    with T.If(tirx.Not(condition)), T.Then():
+        yield
 
 
 def _multiply(left: Flat, lefts: list[Any], right: Flat, rights: list[Any]) -> None:

@@ -22,12 +22,12 @@ TOLERANCE = 2e-4
 """Elementwise: parts of 16 bits lack 2**-17 of scores as large as 10, and exp multiplies that."""
 
 CASES = [
-    # heads, kv_heads, head_dim, value_dim, codes, and options of the op
-    (9, 3, 64, 64, False, {"causal": True}),
-    (4, 4, 80, 80, False, {"causal": True, "window": 40, "anchors": 3}),
-    (8, 1, 96, 48, False, {"causal": True, "softcap": 20.0, "alibi": True, "sinks": True}),
-    (4, 2, 128, 16, True, {"causal": False, "chunk": 50}),
-    (2, 2, 32, 32, False, {"causal": False}),
+    # heads, kv_heads, head_dim, value_dim, how keys and values are kept, and options of the op
+    (9, 3, 64, 64, "float32", {"causal": True}),
+    (4, 4, 80, 80, "float16", {"causal": True, "window": 40, "anchors": 3}),
+    (8, 1, 96, 48, "float32", {"causal": True, "softcap": 20.0, "alibi": True, "sinks": True}),
+    (4, 2, 128, 16, "int8", {"causal": False, "chunk": 50}),
+    (2, 2, 32, 32, "float32", {"causal": False}),
 ]
 
 SIZES = [
@@ -39,26 +39,31 @@ SIZES = [
 ]
 
 
-def operands(a: vectors.Attention, codes: bool) -> vectors.Operands:
+def operands(a: vectors.Attention, kept: str = "float32") -> vectors.Operands:
     b, s, t = size("batch"), size("sequence"), size("keys")
     held = [dense(b, a.kv_heads, t, width) for width in (a.head_dim, a.value_dim)]
-    scales = [dense(b, a.kv_heads, t, 1)] * 2 if codes else []
-    return vectors.Operands(dense(b, a.heads, s, a.head_dim), *held, dense(b, s), dense(b, t), *scales)
+    scales = [dense(b, a.kv_heads, t, 1)] * 2 if kept == "int8" else [None] * 2
+    return vectors.Operands(
+        dense(b, a.heads, s, a.head_dim), *held, dense(b, s), dense(b, t), *scales, key_dtype=kept, value_dtype=kept
+    )
 
 
-def described(heads: int, kv_heads: int, head_dim: int, value_dim: int, codes: bool, options: dict):
+def described(heads: int, kv_heads: int, head_dim: int, value_dim: int, kept: str, options: dict):
     known = {"alibi": False, "sinks": False} | options
     return vectors.Attention(heads, kv_heads, head_dim, value_dim, head_dim**-0.5, **known)
 
 
-def drawn(a: vectors.Attention, sizes: tuple, codes: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
+def drawn(a: vectors.Attention, sizes: tuple, kept: str = "float32") -> tuple[list[torch.Tensor], torch.Tensor]:
     """The kernel's arguments, and what the op makes of them."""
     batch, queries, keys, empty = sizes
     torch.manual_seed(queries)
     query = torch.randn(batch, a.heads, queries, a.head_dim)
     held = [torch.randn(batch, a.kv_heads, keys, width) for width in (a.head_dim, a.value_dim)]
     plain, scales = held, []
-    if codes:
+    if kept == "float16":
+        held = [tensor.half() for tensor in held]
+        plain = [tensor.float() for tensor in held]
+    if kept == "int8":
         held, scales = zip(*(quantize_tokens(tensor, "int8") for tensor in held), strict=True)
         plain = [dequantize_tokens(*both, "int8", torch.float32) for both in zip(held, scales, strict=True)]
     filled = keys - empty
@@ -79,10 +84,10 @@ def drawn(a: vectors.Attention, sizes: tuple, codes: bool) -> tuple[list[torch.T
 @needs_tiles
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_the_reference(case):
-    a, codes = described(*case), case[4]
-    call = compiled(kernels.prefill(a, operands(a, codes), 3))
+    a, kept = described(*case), case[4]
+    call = compiled(kernels.prefill(a, operands(a, kept), 3))
     for sizes in SIZES:
-        given, expected = drawn(a, sizes, codes)
+        given, expected = drawn(a, sizes, kept)
         out = nowhere(sizes[0], sizes[1], a.heads, a.value_dim)
         call(*given, out)
         assert relative_error(out.transpose(1, 2), expected) < TOLERANCE, sizes
@@ -91,20 +96,20 @@ def test_against_the_reference(case):
 @needs_tiles
 def test_few_queries_are_those_of_the_kernel_in_vector_registers():
     a = described(*CASES[0])
-    given, _ = drawn(a, (2, vectors.FEW, 70, 0), codes=False)
+    given, _ = drawn(a, (2, vectors.FEW, 70, 0))
     outs = []
     for module in (kernels, vectors):
         outs.append(nowhere(2, vectors.FEW, a.heads, a.value_dim))
-        compiled(module.prefill(a, operands(a, codes=False), 3))(*given, outs[-1])
+        compiled(module.prefill(a, operands(a), 3))(*given, outs[-1])
     assert torch.equal(*outs)
 
 
 @needs_tiles
 def test_what_keys_beyond_the_filled_ones_hold_does_not_matter():
     a = described(*CASES[0])
-    call, found = compiled(kernels.prefill(a, operands(a, codes=False), 3)), []
+    call, found = compiled(kernels.prefill(a, operands(a), 3)), []
     for junk in (0.0, 1e4):
-        given, _ = drawn(a, (1, 40, 130, 60), codes=False)
+        given, _ = drawn(a, (1, 40, 130, 60))
         for held in given[1:3]:
             held[:, :, 70:] = junk
         found.append(nowhere(1, 40, a.heads, a.value_dim))
@@ -116,7 +121,7 @@ def test_what_keys_beyond_the_filled_ones_hold_does_not_matter():
     ("head_dim", "value_dim", "served"), [(64, 64, True), (80, 48, True), (72, 64, False), (64, 20, False)]
 )
 def test_head_sizes_that_fill_no_register_are_left_to_vectors(head_dim, value_dim, served):
-    assert kernels.serves(described(4, 2, head_dim, value_dim, False, {"causal": True})) is served
+    assert kernels.serves(described(4, 2, head_dim, value_dim, "float32", {"causal": True})) is served
 
 
 def test_machine_code_multiplies_tiles_of_bfloat16():
@@ -124,7 +129,7 @@ def test_machine_code_multiplies_tiles_of_bfloat16():
     features = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "amx_int8", "amx_bf16")
     target = replace(HOST, arch="x86_64", features=features)
     a = described(*CASES[-1])
-    function = kernels.prefill(a, operands(a, codes=False), 3).with_attr("global_symbol", "kernel")
+    function = kernels.prefill(a, operands(a), 3).with_attr("global_symbol", "kernel")
     with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
         code = tvm.compile(tvm.IRModule({"kernel": function}), target=tvm_target(target)).mod.inspect_source("asm")
     assert len(re.findall("tdpbf16ps", code)) >= 12
