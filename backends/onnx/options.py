@@ -6,11 +6,12 @@ import onnx
 from pydantic import Field, model_validator
 
 from graphwright import packing
+from graphwright.backends.tensorrt.takes import FORMATS
 from graphwright.export_format import FormatOptions
 
 Profile = Literal["ort", "standard", "tensorrt"]
 
-CARRIED = {"ort": ("int8", "int4"), "standard": ("int8", "int4"), "tensorrt": ("int8", "int4", "fp8_e4m3")}
+CARRIED = {"ort": ("int8", "int4"), "standard": ("int8", "int4"), "tensorrt": FORMATS}
 """Weight formats that each profile has a form for."""
 
 FOUR_BIT_OPSET = 21

@@ -18,18 +18,13 @@ from torch import fx
 
 from graphwright import ops, packing
 from graphwright.backends.onnx import quantized, semantic
-from graphwright.backends.onnx.options import CARRIED
 from graphwright.backends.onnx.quantized import zeros
 from graphwright.backends.onnx.translate import OfNode, Translator, onnx_dtype
+from graphwright.backends.tensorrt.takes import FORMATS, ROUNDED, has_kernel, on_codes, per_token
 from graphwright.match import argument
 from graphwright.ops.quantize_dequantize import LARGEST
 
 FLOAT, INT4, INT64 = ir.DataType.FLOAT, ir.DataType.INT4, ir.DataType.INT64
-ROUNDED = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn}
-"""Formats of activations that products run on."""
-
-HEAD_DIMS = range(16, 257, 8)
-"""Head sizes that TensorRT has attention kernels for."""
 
 
 def dense_weight(t: Translator, node: fx.Node) -> tuple[ir.Value, ir.Value | None, int]:
@@ -69,14 +64,14 @@ def dense_weight(t: Translator, node: fx.Node) -> tuple[ir.Value, ir.Value | Non
 
 def quantized_linear(t: Translator, node: fx.Node) -> ir.Value:
     """A product over codes, of weights and, where those are rounded per token, of activations."""
-    if argument(node, "format") not in CARRIED["tensorrt"]:
+    if argument(node, "format") not in FORMATS:
         return quantized.quantized_linear(t, node)
     b, given = t.builder, node.args[0]
     features = int(given.meta["val"].shape[-1])
     dense, added, group_size = dense_weight(t, node)
     width = int(dense.shape[1])
     step = None
-    if _on_codes(node):
+    if on_codes(node):
         x, step = _rounded(t, given)
     else:
         x = t.value(given)
@@ -96,7 +91,7 @@ def quantized_linear(t: Translator, node: fx.Node) -> ir.Value:
 
 def quantized_embedding(t: Translator, node: fx.Node) -> ir.Value:
     """Rows of the dequantized table: TensorRT lets nothing but DequantizeLinear read codes."""
-    if argument(node, "format") not in CARRIED["tensorrt"]:
+    if argument(node, "format") not in FORMATS:
         return quantized.quantized_embedding(t, node)
     b, indices = t.builder, t.value(node.args[0])
     dense, added, group_size = dense_weight(t, node)
@@ -117,21 +112,6 @@ def _sums(t: Translator, x: ir.Value, group_size: int, groups: int) -> ir.Value:
     leading = b("Shape", x, start=0, end=-1)
     cut = b("Reshape", x, b("Concat", leading, b.ints([groups, group_size]), axis=0))
     return b("ReduceSum", cut, b.ints([-1]), keepdims=0)
-
-
-def _per_token(node: Any) -> bool:
-    """Whether the activations are rounded with one scale per token, which a product can give back afterwards."""
-    if node.target is not ops.quantize_dequantize.target or argument(node, "scale") is not None:
-        return False
-    return argument(node, "format") in ROUNDED and not argument(node, "group_size")
-
-
-def _on_codes(node: fx.Node) -> bool:
-    """Whether a product runs over codes of activations: TensorRT multiplies codes of one format only."""
-    if node.target is not ops.quantized_linear.target:
-        return False
-    given: Any = node.args[0]
-    return _per_token(given) and argument(given, "format") == argument(node, "format")
 
 
 def _rounded(t: Translator, node: fx.Node) -> tuple[ir.Value, ir.Value]:
@@ -160,8 +140,8 @@ def _through_codes(t: Translator, x: ir.Value, format: str, scale: ir.Value) -> 
 
 def quantize_dequantize(t: Translator, node: fx.Node) -> ir.Value | None:
     """QuantizeLinear and DequantizeLinear; left to the products that read it, if all of them multiply codes."""
-    if _per_token(node):
-        if all(map(_on_codes, node.users)):
+    if per_token(node):
+        if all(map(on_codes, node.users)):
             return None
         codes, step = _rounded(t, node)
         return t.builder("Mul", codes, step)
@@ -184,14 +164,6 @@ def attention(t: Translator, node: fx.Node) -> ir.Value:
     narrow = t.shared_value(("narrow mask", mask, dtype), lambda: semantic.narrow_mask(t, mask, dtype))
     operands = (t.value(node.args[i]) for i in range(3))
     return t.builder("Attention", *operands, narrow, scale=float(argument(node, "scale")))
-
-
-def has_kernel(node: fx.Node) -> bool:
-    """Whether TensorRT has a kernel for an attention: half precision, one head size, no soft cap, no sinks."""
-    query, key, value = (node.args[i].meta["val"] for i in range(3))
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    plain = argument(node, "sinks") is None and not argument(node, "softcap")
-    return half and plain and int(key.shape[3]) == int(value.shape[3]) and int(key.shape[3]) in HEAD_DIMS
 
 
 def kv_cache_update(t: Translator, node: fx.Node) -> None:
