@@ -79,16 +79,25 @@ class JustInTimeBackend(Protocol):
 
 
 @runtime_checkable
-class AheadOfTimeBackend(Protocol):
-    """A backend that cannot serve torch.compile, and says why and what can."""
+class RequiringJitBackend(Protocol):
+    """A backend that compiles in this process with packages and on machines that it does not need ahead of time."""
 
-    def refuse_jit(self) -> None:
-        """Refuses.
+    def require_jit(self, target: Target | None = None) -> None:
+        """Refuses to serve torch.compile, on this machine at all or for a target.
 
         Raises:
-            BackendError: always.
+            BackendError: a package or the machine is missing; says what to install, and what to do instead.
+            TargetError: the target is not the machine at hand.
         """
         ...
+
+
+@runtime_checkable
+class PartialCallable(Protocol):
+    """What `jit` returned, where it learns by compiling which nodes stay in PyTorch."""
+
+    left: dict[str, str]
+    """The nodes that stayed out, by name, each with the reason."""
 
 
 @runtime_checkable
@@ -165,6 +174,20 @@ def coverage(program: Program, backend: Backend, target: Target, directory: Path
     return found
 
 
+def region_coverage(program: Program, backend: Backend, target: Target, left: Mapping[str, str] | None) -> Coverage:
+    """What `coverage` says of a program that was compiled in this process; `left` is what compiling has shown, if any."""
+    if left is None:
+        return coverage(program, backend, target)
+    found = Coverage(left=dict(left))
+    for node in program.calls():
+        counts = found.fallbacks if node.name in left else found.lowered
+        name = op_name(node.target)
+        counts[name] = counts.get(name, 0) + 1
+        if node.name in left:
+            found.reasons[name] = left[node.name]
+    return found
+
+
 def choose(program: Program, target: Target, candidates: Sequence[Backend]) -> tuple[Backend, dict[str, str]]:
     """The first backend that lowers every call itself, else the last; and why the ones before it were passed over."""
     passed_over: dict[str, str] = {}
@@ -190,19 +213,21 @@ def tuned(backend: Backend, seconds: float) -> Backend:
     return backend.tuned(seconds)
 
 
-def backends_for(target: Target, name: str = "") -> list[Backend]:
+def backends_for(target: Target, name: str = "", *, jit: bool = False) -> list[Backend]:
     """The backend called `name`, or those of the target that are installed, the preferred one first.
+
+    With `jit`, they are to compile in this process.
 
     Raises:
         BackendError: there is none for this kind of target, or it is not installed.
     """
     if name:
-        return [required_backend(target, name)]
-    last = required_backend(target)
+        return [required_backend(target, name, jit=jit)]
+    last = required_backend(target, jit=jit)
     return [*filter(None, map(_installed, target.backends[:-1])), last]
 
 
-def required_backend(target: Target, name: str = "") -> Backend:
+def required_backend(target: Target, name: str = "", *, jit: bool = False) -> Backend:
     """The backend called `name`, or the one that the target falls back to.
 
     Whether a compile can end well is known from it before the work begins, without importing the backends that are
@@ -220,7 +245,9 @@ def required_backend(target: Target, name: str = "") -> Backend:
         raise BackendError(
             f"Backend {name} compiles for {', '.join(backend.kinds)}, and {target.name} is {target.kind}"
         )
-    if isinstance(backend, RequiringBackend):
+    if jit and isinstance(backend, RequiringJitBackend):
+        backend.require_jit(target)
+    elif isinstance(backend, RequiringBackend):
         backend.require()
     return backend
 

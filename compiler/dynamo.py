@@ -7,12 +7,16 @@ the region is called with (cache insertion, chosen logits) are left out, since t
 A backend that is named takes what it has kernels for; the target's last backend takes the rest of the region, and a
 warning lists every node that was left to it, with the reason.
 
+With `options={"backend": "tensorrt"}` the region goes through torch_tensorrt to this machine's GPU. `coverage` in the
+options is called with what became the backend's own code of each region, and what did not and why.
+
 Weights are taken as they are when the region is compiled, as `torch._inductor` does when it freezes: change a weight
 afterwards and call `torch._dynamo.reset()`. Gradients are not computed.
 """
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,13 +26,23 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphwright import clean, registry, shapes
-from graphwright.backend import AheadOfTimeBackend, Backend, JustInTimeBackend, backends_for, choose, required_backend
+from graphwright.backend import (
+    Backend,
+    Coverage,
+    JustInTimeBackend,
+    PartialCallable,
+    RequiringJitBackend,
+    backends_for,
+    choose,
+    region_coverage,
+    required_backend,
+)
 from graphwright.capture import finish
 from graphwright.contract import Contract, Dim, InputSpec
 from graphwright.errors import BackendError, RecipeError, nearest
 from graphwright.manager import PassManager, plan_passes
 from graphwright.pass_ import Context
-from graphwright.program import Metadata, Program
+from graphwright.program import Metadata, Program, attribute
 from graphwright.recipe import Recipe
 from graphwright.serialize import set_attribute
 from graphwright.split import compile_parts
@@ -46,9 +60,11 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     recipe: Any = "none"
-    target: str = "cpu"
+    target: str = ""
+    """Empty: what the backend is for, on this machine; the CPU where none is named."""
     backend: str = ""
     verify: bool = True
+    coverage: Callable[[Coverage], Any] | None = None
 
 
 def graphwright_backend(
@@ -64,10 +80,11 @@ def graphwright_backend(
     chosen = _options(options or {})
     recipe = _keeping_contract(Recipe.load(chosen.recipe))
     named = registry.backend(chosen.backend) if chosen.backend else None
-    if isinstance(named, AheadOfTimeBackend):
-        named.refuse_jit()
-    target = Target.parse(chosen.target)
-    return _Region(module, recipe, target, backends_for(target, chosen.backend), chosen.verify)
+    if isinstance(named, RequiringJitBackend):
+        named.require_jit()
+    target = Target.parse(chosen.target or (named.kinds[0] if named else "cpu"))
+    backends = backends_for(target, chosen.backend, jit=True)
+    return _Region(module, recipe, target, backends, chosen)
 
 
 def _options(given: Mapping[str, Any]) -> Options:
@@ -90,16 +107,18 @@ class _Region:
     """One dynamo graph: compiled once per set of the Python numbers that dynamo hands over as scalar tensors."""
 
     def __init__(
-        self, module: fx.GraphModule, recipe: Recipe, target: Target, backends: Sequence[Backend], verify: bool
+        self, module: fx.GraphModule, recipe: Recipe, target: Target, backends: Sequence[Backend], options: Options
     ) -> None:
         self.module = module
         self.recipe = recipe
         self.target = target
         self.backends = backends
-        self.verify = verify
+        self.options = options
         self.placeholders = module.graph.find_nodes(op="placeholder")
         self.scalars = [i for i, node in enumerate(self.placeholders) if _is_number(node)]
         self._variants: dict[tuple[float, ...], Callable[..., Any]] = {}
+        self._last: tuple[Program, Backend, Callable[[], dict[str, str] | None]] | None = None
+        """What was compiled last, and what says which of its nodes were left out, until its coverage is told."""
         self._warned = False
 
     def __call__(self, *arguments: Any) -> Any:
@@ -108,22 +127,41 @@ class _Region:
             self._warned = True
             warnings.warn("graphwright compiles for inference: the outputs carry no gradient", stacklevel=2)
         numbers = tuple(float(arguments[i]) for i in self.scalars)
-        if numbers not in self._variants:
-            self._variants[numbers] = self.compile(arguments)
         with torch.no_grad():
-            return self._variants[numbers](arguments)
+            if numbers in self._variants:
+                return self._variants[numbers](arguments)
+            self._variants[numbers] = self.compile(arguments)
+            outputs = self._variants[numbers](arguments)
+        # After the first run: some backends learn only then what they do not take.
+        if self.options.coverage is not None and self._last is not None:
+            program, backend, left = self._last
+            self.options.coverage(region_coverage(program, backend, self.target, left()))
+            self._last = None
+        return outputs
 
     def compile(self, arguments: Sequence[Any]) -> Callable[[Sequence[Any]], Any]:
-        """Brings the graph to ATen, rewrites it and lowers it; weights are bound to the tensors given."""
+        """Brings the graph to ATen, rewrites it and lowers it; weights are bound to the tensors given.
+
+        Raises:
+            BackendError: the target is the CPU and the tensors lie elsewhere, or the backend refuses the region.
+        """
+        elsewhere = {a.device.type for a in arguments if isinstance(a, Tensor)} - {"cpu"}
+        if elsewhere and self.target.kind == "cpu":
+            raise BackendError(
+                f"The target is the CPU, and tensors of the region lie on {', '.join(sorted(elsewhere))}",
+                fix="Move the model to the CPU, or name the target, as in options={'backend': 'tensorrt'}",
+            )
         flat = _to_aten(self.module, arguments)
         if flat is None:
             return lambda args: self.module(*args)
         bound = _bind_weights(flat, self.placeholders, arguments)
+        if elsewhere:
+            to_cpu(flat)
         kept = [i for i, node in enumerate(self.placeholders) if str(node.target) not in bound]
         program = _program(flat)
         kept = [i for i in kept if str(self.placeholders[i].target) in program.contract.names]
         context = Context(self.target)
-        manager = PassManager(context, self.recipe.budget, verify=self.verify and not _writes_inputs(flat))
+        manager = PassManager(context, self.recipe.budget, verify=self.options.verify and not _writes_inputs(flat))
         rewritten = manager.run(program, plan_passes(self.recipe, program))
         run = self._lowered(rewritten)
         names = {str(node.target) for node in clean.written(rewritten.module) if node.op == "placeholder"}
@@ -132,14 +170,17 @@ class _Region:
     def _lowered(self, program: Program) -> Callable[[Sequence[Any]], Any]:
         """The program compiled by the backend of choice, and by the target's last one where that leaves nodes out."""
         lowering, _ = choose(program, self.target, self.backends)
-        last = required_backend(self.target)
+        last = required_backend(self.target, jit=True)
         if lowering.name == last.name or not isinstance(last, JustInTimeBackend):
             if not isinstance(lowering, JustInTimeBackend):
                 raise BackendError(
                     f"Backend {lowering.name} compiles ahead of time only", fix="Use graphwright.compile"
                 )
-            return lowering.jit(program)
+            whole = lowering.jit(program)
+            self._last = (program, lowering, lambda: whole.left if isinstance(whole, PartialCallable) else None)
+            return whole
         run, left = compile_parts(program, self.target, lowering, last)
+        self._last = (program, lowering, lambda: left)
         if left:
             calls = sum(isinstance(node.meta.get("val"), Tensor) for node in program.calls())
             warnings.warn(
@@ -217,6 +258,18 @@ def _to_aten(module: fx.GraphModule, arguments: Sequence[Any]) -> fx.GraphModule
     ):
         node.target = node.name = str(source.target)
     return traced
+
+
+def to_cpu(module: fx.GraphModule) -> None:
+    """Weights and new tensors on the CPU, where programs are rewritten and checked; `jit` moves them back."""
+    cpu = torch.device("cpu")
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            set_attribute(module, str(node.target), attribute(module, str(node.target)).to(cpu))
+        elif node.op == "call_function":
+            place = partial(fx.node.map_aggregate, fn=lambda a: cpu if isinstance(a, torch.device) else a)
+            node.args, node.kwargs = place(node.args), place(node.kwargs)
+    module.recompile()
 
 
 def _bind_weights(flat: fx.GraphModule, placeholders: Sequence[fx.Node], arguments: Sequence[Any]) -> set[str]:

@@ -7,14 +7,24 @@ graphwright compile MODEL --recipe int4 --target tensorrt:sm_89 -o DIR
 3. build strongly typed engines with a decode and a prefill profile            (engine.py)
 4. on a GPU, run the parts one after the other over PyTorch's device memory    (executable.py)
 
-Where TensorRT takes everything, there is one part. What stayed out, and why, is in the report.
+Where TensorRT takes everything, there is one part. What stayed out, and why, is in the report. This way builds with
+TensorRT for RTX (`graphwright[tensorrt]`), because that needs no GPU.
 
-TensorRT is imported when the backend is first used, so that programs for other targets do not need it.
+torch.compile(model, backend="graphwright", options={"backend": "tensorrt", "recipe": "int4"})
+
+1. bring the rewritten region to ATen and the ops that have converters         (handover.py)
+2. hand it to torch_tensorrt.dynamo, with converters for these ops             (converters.py)
+3. run its engines, and what it left to PyTorch between them                   (jit.py)
+
+This way needs torch_tensorrt (`graphwright[torch-tensorrt]`) and the GPU at hand, and saves nothing: use it where a
+model stays in its own Python code, with its own cache and its own generation loop.
+
+Both are imported when they are first used, so that programs for other targets do not need them.
 """
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +58,14 @@ class TensorrtBackend:
         """Whether the node has a form that TensorRT's parser takes."""
         require_packages()
         from graphwright.backends.onnx.model import tables
-        from graphwright.backends.onnx.options import CARRIED, OnnxOptions
+        from graphwright.backends.onnx.options import OnnxOptions
+        from graphwright.backends.tensorrt.takes import FORMATS
 
         if not any(node.target in table for table in tables(OnnxOptions(profile="tensorrt"))):
             return Support(False, f"profile tensorrt of ONNX has no translation for {op_name(node.target)}")
         if node.target in (ops.quantized_linear.target, ops.quantized_embedding.target):
             format = str(argument(node, "format"))
-            if format not in CARRIED["tensorrt"]:
+            if format not in FORMATS:
                 return Support(False, f"TensorRT has no weights of format {format}")
         return Support(True)
 
@@ -119,18 +130,30 @@ class TensorrtBackend:
                 )
         return rows
 
-    def refuse_jit(self) -> None:
-        """Refuses: engines are built ahead of time, and their state lies outside of a torch.compile region.
+    def require_jit(self, target: Target | None = None) -> None:
+        """Refuses to serve torch.compile without torch_tensorrt and the target's GPU.
 
         Raises:
-            BackendError: always, with what to do instead.
+            BackendError: torch_tensorrt or a GPU is missing.
+            TargetError: this machine's GPU is not the target.
         """
-        there = importlib.util.find_spec("torch_tensorrt") is not None
-        raise BackendError(
-            "The tensorrt backend builds engines ahead of time, and does not serve torch.compile; torch_tensorrt "
-            + ("is installed, but our ops have no converters for it" if there else "is not installed"),
-            fix="Use graphwright compile --target tensorrt:sm_89, or torch.compile with the target cuda",
-        )
+        from graphwright.backends.tensorrt import jit
+        from graphwright.backends.tensorrt.executable import require_gpu
+
+        jit.require_torch_tensorrt()
+        if target is not None:
+            require_gpu(target)
+
+    def jit(self, program: Program) -> Callable[[Sequence[Any]], Any]:
+        """A callable over the contract's inputs in order, compiled by torch_tensorrt at the first call.
+
+        Raises:
+            BackendError: torch_tensorrt cannot be imported.
+        """
+        from graphwright.backends.tensorrt import jit
+
+        jit.torch_tensorrt()
+        return jit.TensorrtRegion(program)
 
 
 def require_packages() -> None:

@@ -32,7 +32,7 @@ Sizes = tuple[int, int, int]
 """The smallest, the usual and the largest size of a dimension."""
 
 HIDDEN = -6e4
-"""Added to the score of a hidden key; half precision reaches as far, and a query that sees no key does not become NaN."""
+"""Added to the score of a hidden key: finite, so that no query becomes NaN, and within half precision."""
 
 ORIGIN = "graphwright_node"
 """Key of the node of the program that a traced node comes from, in `meta["custom"]`."""
@@ -99,7 +99,8 @@ class Handover(nn.Module):
             for spec in (*self.contract.inputs, *self.contract.state)
         )
         with torch.no_grad(), preserve_node_meta():
-            return torch.export.export(self, tuple(tensors), dynamic_shapes=(dynamic,), strict=False)
+            archive = torch.export.export(self, tuple(tensors), dynamic_shapes=(dynamic,), strict=False)
+            return archive.run_decompositions({torch.ops.aten._safe_softmax.default: safe_softmax})
 
     def _call(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
@@ -109,7 +110,10 @@ class Handover(nn.Module):
         op = op_of(node.target)
         if op is not None and op.name in DECOMPOSED:
             return op.reference(*args, **kwargs)
-        if isinstance(kwargs.get("device"), torch.device):
+        if any(
+            one.name == "device" and one.kwarg_only
+            for one in getattr(getattr(node.target, "_schema", None), "arguments", ())
+        ):
             kwargs = {**kwargs, "device": self._device}
         return node.target(*args, **kwargs)
 
@@ -236,6 +240,12 @@ def attention(to: Handover, node: fx.Node, values: Mapping[fx.Node, Any]) -> Ten
     if all(given[name] is None for name in MASK[:3]) and not (given["window"] or given["chunk"]):
         return result  # the first key is seen by every query
     return torch.where(seen.any(-1, keepdim=True), result, 0.0)
+
+
+def safe_softmax(scores: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Softmax with zeros for a row that is hidden whole, in operators that torch_tensorrt has converters for."""
+    seen = scores.amax(dim, keepdim=True) > float("-inf")
+    return torch.where(seen, torch.where(seen, scores, 0.0).softmax(dim, dtype=dtype), 0.0)
 
 
 def _value(node: fx.Node, name: str, values: Mapping[fx.Node, Any]) -> Any:

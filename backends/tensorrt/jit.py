@@ -21,6 +21,7 @@ from graphwright.backends.tensorrt.handover import ORIGIN, Handover, Sizes
 from graphwright.errors import BackendError
 from graphwright.op import op_of
 from graphwright.program import Program
+from graphwright.target import local_gpu
 from graphwright.text import op_name
 
 AHEAD = "Use graphwright compile --target tensorrt:sm_89, which builds engines ahead of time, on any machine"
@@ -46,7 +47,7 @@ def require_torch_tensorrt() -> None:
             "torch.compile with the tensorrt backend needs the package torch-tensorrt, which is not installed",
             fix=f"pip install 'graphwright[torch-tensorrt]'. {AHEAD}",
         )
-    if not torch.cuda.is_available():
+    if local_gpu() is None:
         raise BackendError(
             "torch.compile with the tensorrt backend runs on the GPU at hand, and PyTorch can use none here",
             fix=f"Use a machine with an NVIDIA GPU and a CUDA build of PyTorch. {AHEAD}",

@@ -9,7 +9,6 @@ import pytest
 import torch
 from backends.onnx.running import CAUSAL
 from families.cache import captured
-from families.configs import build
 
 import graphwright
 from graphwright import ops
@@ -210,11 +209,3 @@ def test_targets() -> None:
     if local_gpu() is None:
         with pytest.raises(TargetError, match="Name the architecture: tensorrt:sm_80"):
             Target.parse("tensorrt")
-
-
-@pytest.mark.parametrize("options", [{"backend": "tensorrt"}, {"backend": "tensorrt", "target": "tensorrt:sm_89"}])
-def test_torch_compile_is_refused_with_what_to_do(options: dict[str, str]) -> None:
-    with pytest.raises(Exception, match=r"ahead of time.*torch_tensorrt.*Use graphwright compile --target"):
-        torch.compile(build("llama"), backend="graphwright", options=options)(
-            input_ids=torch.tensor([[1, 2]]), use_cache=False
-        )
