@@ -175,7 +175,7 @@ def coverage(program: Program, backend: Backend, target: Target, directory: Path
 
 
 def region_coverage(program: Program, backend: Backend, target: Target, left: Mapping[str, str] | None) -> Coverage:
-    """What `coverage` says of a program that was compiled in this process; `left` is what compiling has shown, if any."""
+    """What `coverage` says of a program compiled in this process; `left` is what compiling has shown, if anything."""
     if left is None:
         return coverage(program, backend, target)
     found = Coverage(left=dict(left))

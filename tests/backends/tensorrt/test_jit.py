@@ -338,7 +338,7 @@ def test_a_package_that_cannot_be_imported_is_explained(stand_in, monkeypatch: p
 def test_coverage_of_a_backend_that_knows_before() -> None:
     program = rewritten("llama", "fp32")
     backend = SimpleNamespace(supports=lambda node, target: SimpleNamespace(ok=True, reason=""))
-    found = region_coverage(program, backend, Target.parse("cpu"), lambda arguments: None)
+    found = region_coverage(program, backend, Target.parse("cpu"), None)
     assert found.lowered["rms_norm"] == 5
 
 
