@@ -169,7 +169,7 @@ class _Search:
 
     def _write(self, node: fx.Node) -> None:
         weights = {aten.embedding.default: [(0, 1)], grouped_linear.target: [(1, 2)]}
-        for position, axis in weights.get(node.target, [(1, 0), (2, 0)]):  # type: ignore[call-overload]
+        for position, axis in weights.get(node.target, [(1, 0), (2, 0)]):
             if len(node.args) > position and node.args[position] is not None:
                 operand = constant(node, position, axis)
                 if operand is None:

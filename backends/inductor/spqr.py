@@ -19,7 +19,7 @@ def spqr_by_parts(
     *layout: int | str,
 ) -> Tensor:
     """One token: the dense product, and the corrections apart."""
-    dense = dense_part(weight, scale, zero_point, statistics, *layout)[:, : x.shape[-1]]  # type: ignore[arg-type]
+    dense = dense_part(weight, scale, zero_point, statistics, *layout)[:, : x.shape[-1]]
     return functional.linear(x, dense.to(x.dtype), bias) + sparse_product(x, values, columns, starts)
 
 
@@ -36,5 +36,5 @@ def spqr_matmul(
     *layout: int | str,
 ) -> Tensor:
     """Many tokens: the corrections are added to the weight, then one matrix product."""
-    dense = dense_part(weight, scale, zero_point, statistics, *layout)[:, : x.shape[-1]]  # type: ignore[arg-type]
+    dense = dense_part(weight, scale, zero_point, statistics, *layout)[:, : x.shape[-1]]
     return functional.linear(x, merged(dense, values, columns, starts).to(x.dtype), bias)

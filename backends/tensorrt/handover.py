@@ -92,7 +92,7 @@ class Handover(nn.Module):
         """
         dynamic = tuple(
             {
-                axis: torch.export.Dim.AUTO(min=ranges[dim][0], max=ranges[dim][2])  # type: ignore[operator]
+                axis: torch.export.Dim.AUTO(min=ranges[dim][0], max=ranges[dim][2])
                 for axis, dim in enumerate(spec.shape)
                 if isinstance(dim, str) and dim in ranges
             }
@@ -119,9 +119,9 @@ class Handover(nn.Module):
 
     # What forms use
 
-    def weight(self, name: str) -> Tensor:
+    def weight(self, name: str) -> Tensor | None:
         """A tensor that `_prepare` made, or None."""
-        return self._held(name) if name in self._names else None  # type: ignore[return-value]
+        return self._held(name) if name in self._names else None
 
     def _hold(self, name: str, tensor: Tensor) -> None:
         self._names[name] = f"weight_{len(self._names)}"
@@ -181,7 +181,7 @@ def quantized_linear(to: Handover, node: fx.Node, values: Mapping[fx.Node, Any])
 
 def quantized_embedding(to: Handover, node: fx.Node, values: Mapping[fx.Node, Any]) -> Tensor:
     """Rows of the symmetric table, and what zero points add to their groups."""
-    indices = values[node.args[0]]  # type: ignore[index]
+    indices = values[node.args[0]]
     weight, scale, zero = (_value(node, n, values) for n in ("weight", "scale", "zero_point"))
     format, group_size = argument(node, "format"), int(argument(node, "group_size"))
     wanted, dtype = int(argument(node, "embedding_dim")), argument(node, "dtype")
@@ -199,7 +199,7 @@ def quantized_embedding(to: Handover, node: fx.Node, values: Mapping[fx.Node, An
 
 def quantize_dequantize(to: Handover, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     """Codes and their step for the products that read them; codes times the step for everybody else."""
-    x, format = values[node.args[0]], argument(node, "format")  # type: ignore[index]
+    x, format = values[node.args[0]], argument(node, "format")
     if per_token(node):
         codes, step = rounded(x, format)
         return (codes, step) if all(map(_is_product, node.users)) else codes * step
@@ -219,7 +219,7 @@ def rounded(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
 
 def attention(to: Handover, node: fx.Node, values: Mapping[fx.Node, Any]) -> Tensor:
     """Attention with one bias in the dtype of the query, where there is a kernel; else the reference."""
-    query, key, value = (values[node.args[i]] for i in range(3))  # type: ignore[index]
+    query, key, value = (values[node.args[i]] for i in range(3))
     scale = float(argument(node, "scale"))
     given = {name: _value(node, name, values) for name in (*MASK, *LIMITS)}
     if not has_kernel(node):

@@ -156,7 +156,7 @@ def read_in_place(program: Program, editor: Editor) -> None:
         if found is None or head_refusal(node):
             continue
         key, value = found
-        names = [formal.name for formal in node.target._schema.arguments][3:]  # type: ignore[union-attr]
+        names = [formal.name for formal in node.target._schema.arguments][3:]
         options = [argument(node, name) for name in names]
         caches = (key.codes, key.scale, value.codes, value.scale, key.table, _keys(editor, key, node), key.format)
         new = editor.call(cache_ops.cached_attention.target, node.args[0], *caches, *options, before=node)

@@ -37,7 +37,7 @@ class _Products:
 
     def __init__(self, editor: Editor, node: fx.Node) -> None:
         self.editor, self.node = editor, node
-        names = [formal.name for formal in node.target._schema.arguments]  # type: ignore[union-attr]
+        names = [formal.name for formal in node.target._schema.arguments]
         self.given: dict[str, Any] = {name: argument(node, name) for name in names}
         self.count, self.outputs = (int(self.given[n].meta["val"].shape[d]) for n, d in (("up", 0), ("down", 1)))
         self.top_k = int(self.given["indices"].meta["val"].shape[1])

@@ -127,7 +127,7 @@ def train(
                 known[index] = _states(program, usable[index])
             loss = _loss(heads, *known[index])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             losses.append(float(loss.detach()))
             progress(f"medusa, loss {losses[-1]:.3f}", step / steps)

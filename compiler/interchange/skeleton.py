@@ -127,7 +127,7 @@ class _Filling:
                 raise NotStackableError("some are in codes, and others in floating point")
             for name, parts in stacks.items():
                 self._refuse_order(f"{path}.{name}", parts)
-            made = packed_experts(module, stacks)  # type: ignore[arg-type]
+            made = packed_experts(module, stacks)
         except NotStackableError as reason:
             self.notes.append(f"the experts {path} were dequantized: {reason}")
             return False
@@ -138,7 +138,7 @@ class _Filling:
     def _refuse_order(self, name: str, parts: Parts) -> None:
         """Refuses act-order: the experts of a layer read one row of inputs, in one order."""
         for expert in range(len(parts[0])):
-            if any(isinstance(part[expert], Packed) and part[expert].columns is not None for part in parts):  # type: ignore[union-attr]
+            if any(isinstance(part[expert], Packed) and part[expert].columns is not None for part in parts):
                 raise SourceError(
                     f"{name} of expert {expert} has its columns in the order of its own activations (act-order), and "
                     "experts that keep their codes read their input in one order",

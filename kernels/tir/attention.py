@@ -179,7 +179,7 @@ def _if_seen(b: Buffers, row: Any, start: Any, query_position: Any) -> Iterator[
         yield positions
         return
     smallest, largest = key_range(positions, KEYS)
-    near = near_range(b.a, smallest, largest, query_position, query_position)
+    near = _near_range(b.a, smallest, largest, query_position, query_position)
     with T.If(tirx.And(largest >= tirx.const(0, "int32"), near)), T.Then():
         yield positions
 
@@ -318,18 +318,23 @@ def _merge(b: Buffers, row: Any, place: Any, head: Any, parts: int, held: Flat, 
 
 def prefill(a: Attention, o: Operands, parts: int) -> tirx.PrimFunc:
     """The kernel for any number of queries; writes out [B, S, H, Dv]. `parts` are those of `decode`."""
+    return prefill_by(_prefill_tasks, a, o, parts)
+
+
+def prefill_by(many: Callable[["Buffers", Any, Any], None], a: Attention, o: Operands, parts: int) -> tirx.PrimFunc:
+    """The kernel that takes few queries one by one; `many` emits what becomes of more, given batch and rows."""
     batch, _, length, _ = o.query.shape
     with kernel("attention_prefill") as k:
         b = Buffers(k, a, o, 0)
         with T.If(length <= tirx.const(FEW, "int64")):
             with T.Then():
-                one_by_one(b, batch, length, parts)
+                _one_by_one(b, batch, length, parts)
             with T.Else():
-                _prefill_tasks(b, batch, let(length * a.group))
+                many(b, batch, let(length * a.group))
     return k.function
 
 
-def one_by_one(b: Buffers, batch: Any, length: Any, parts: int) -> None:
+def _one_by_one(b: Buffers, batch: Any, length: Any, parts: int) -> None:
     """Every query and key-value head is a task, which goes through all parts of the keys."""
     a = b.a
     with T.parallel(0, batch * length * a.kv_heads) as task:
@@ -413,14 +418,7 @@ class _RowBlock:
 
     def _worth_it(self, positions: Flat) -> Any:
         """Whether any row can see any key of the block, by the ranges of their positions."""
-        a = self.a
-        smallest, largest = key_range(positions, KEY_BLOCK)
-        some = largest >= tirx.const(0, "int32")
-        if a.causal:
-            reach = smallest <= self.range[1]
-            some = tirx.And(some, tirx.Or(reach, smallest < tirx.const(a.prefix, "int32")) if a.prefix else reach)
-        near = near_range(a, smallest, largest, self.range[0], self.range[1])
-        return some if near is None else tirx.And(some, near)
+        return any_seen(self.a, key_range(positions, KEY_BLOCK), self.range[0], self.range[1])
 
     def _scores(self, start: Any) -> None:
         """weights[key, row] = key · query; four keys and all rows at a time."""
@@ -573,7 +571,18 @@ def visible(a: Attention, query: Any, key: Any, lanes: int) -> Any:
     return _all(conditions + near)
 
 
-def near_range(a: Attention, smallest: Any, largest: Any, first: Any, last: Any) -> Any:
+def any_seen(a: Attention, keys: tuple[Any, Any], first: Any, last: Any) -> Any:
+    """Whether a query between two positions can see any key of a `key_range`; never too few."""
+    smallest, largest = keys
+    some = largest >= tirx.const(0, "int32")
+    if a.causal:
+        reach = smallest <= last
+        some = tirx.And(some, tirx.Or(reach, smallest < tirx.const(a.prefix, "int32")) if a.prefix else reach)
+    near = _near_range(a, smallest, largest, first, last)
+    return some if near is None else tirx.And(some, near)
+
+
+def _near_range(a: Attention, smallest: Any, largest: Any, first: Any, last: Any) -> Any:
     """Whether window and chunk let a query from `first` to `last` see a key from `smallest` to `largest`.
 
     Never too few. Scalars; a block of the window lies within as many single positions.

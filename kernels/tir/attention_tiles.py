@@ -22,18 +22,17 @@ from tvm import tirx
 
 from graphwright.kernels.tir import amx
 from graphwright.kernels.tir.attention import (
-    FEW,
     LOWEST,
     Attention,
     Buffers,
     Operands,
+    any_seen,
     key_range,
-    near_range,
-    one_by_one,
+    prefill_by,
     score_of,
     visible,
 )
-from graphwright.kernels.tir.emit import Flat, T, ceil_div, floats, kernel, let, local, loop, minimum, splat
+from graphwright.kernels.tir.emit import Flat, T, ceil_div, floats, let, local, loop, minimum, splat
 from graphwright.kernels.tir.functions import constant, exp, fma, rounded
 
 KEY_BLOCK = 64
@@ -70,15 +69,7 @@ def serves(a: Attention) -> bool:
 
 def prefill(a: Attention, o: Operands, parts: int) -> tirx.PrimFunc:
     """The kernel for any number of queries; writes out [B, S, H, Dv]. `parts` are those of `attention.decode`."""
-    batch, _, length, _ = o.query.shape
-    with kernel("attention_prefill_tiles") as k:
-        b = Buffers(k, a, o, 0)
-        with T.If(length <= tirx.const(FEW, "int64")):
-            with T.Then():
-                one_by_one(b, batch, length, parts)
-            with T.Else():
-                _tasks(b, batch, let(length * a.group))
-    return k.function
+    return prefill_by(_tasks, a, o, parts)
 
 
 def _tasks(b: Buffers, batch: Any, rows: Any) -> None:
@@ -124,12 +115,12 @@ class _Task:
             start = let(block * KEY_BLOCK)
             positions = self.b.key_positions(self.sequence, start, KEY_BLOCK)
             seen = key_range(positions, KEY_BLOCK)
-            with T.If(self._worth_it(seen, self.range[0], self.range[1])), T.Then():
+            with T.If(any_seen(self.a, seen, self.range[0], self.range[1])), T.Then():
                 self._cut_keys(start)
                 self._cut_values(start)
                 with loop(self.blocks) as rows:
                     first, last = self.ranges[2 * rows], self.ranges[2 * rows + 1]
-                    with T.If(self._worth_it(seen, first, last)), T.Then():
+                    with T.If(any_seen(self.a, seen, first, last)), T.Then():
                         self._scores(rows)
                         self._softmax(rows, start, positions, self._clear(positions, first))
                         self._accumulate(rows)
@@ -172,16 +163,6 @@ class _Task:
             self.slopes.put(i, self.b.slopes[head], 1)
         if self.sinks is not None:
             self.sinks.put(i, self.b.sinks[head], 1)
-
-    def _worth_it(self, seen: tuple[Any, Any], first: Any, last: Any) -> Any:
-        """Whether a query between two positions can see any key of a block."""
-        a, (smallest, largest) = self.a, seen
-        some = largest >= tirx.const(0, "int32")
-        if a.causal:
-            reach = smallest <= last
-            some = tirx.And(some, tirx.Or(reach, smallest < tirx.const(a.prefix, "int32")) if a.prefix else reach)
-        near = near_range(a, smallest, largest, first, last)
-        return some if near is None else tirx.And(some, near)
 
     # Operands
 

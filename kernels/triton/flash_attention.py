@@ -298,12 +298,13 @@ def attention(
         "query_positions_b": row_stride(query_positions), "key_positions_b": row_stride(key_positions),
         "scale": float(scale), "softcap": float(softcap), "window": window, "chunk": chunk, "prefix": prefix,
     }  # fmt: skip
-    constants = _constants(head_dim, value_dim, heads // key.shape[1], causal, window, chunk, prefix, softcap)
+    mask = (causal, window, chunk, prefix, softcap, anchors, block)
+    constants = _constants(head_dim, value_dim, heads // key.shape[1], *mask)
     run(
         Launch(
             flash_attention,
             arguments,
-            {**constants, "ANCHORS": anchors if window or chunk else 0, "WINDOW_BLOCK": block},
+            constants,
             configs(run.device, max(head_dim, value_dim), query.dtype),
             lambda c: (cdiv(length, c["BLOCK_M"]), batch * heads),
             lambda c: _work(query, length, keys, value_dim, causal, window, anchors, c),
@@ -376,7 +377,8 @@ def packed_attention(
         "bias_b": 0, "bias_h": 0, "bias_s": 0, "bias_t": 0, "query_positions_b": 0, "key_positions_b": 0,
         "scale": float(scale), "softcap": float(softcap), "window": window, "chunk": chunk, "prefix": prefix,
     }  # fmt: skip
-    constants = _constants(head_dim, value_dim, heads // key.shape[1], causal, window, chunk, prefix, softcap)
+    mask = (causal, window, chunk, prefix, softcap, anchors, block)
+    constants = _constants(head_dim, value_dim, heads // key.shape[1], *mask)
     length, keys = cdiv(total, max(sequences, 1)), cdiv(key.shape[0], max(sequences, 1))
     if total == 0:
         return out
@@ -384,7 +386,7 @@ def packed_attention(
         Launch(
             flash_attention,
             arguments,
-            {**constants, "ANCHORS": anchors if window or chunk else 0, "WINDOW_BLOCK": block},
+            constants,
             configs(run.device, max(head_dim, value_dim), query.dtype),
             # As many blocks as any lengths need that add up to `total`.
             lambda c: ((total + sequences * (c["BLOCK_M"] - 1)) // c["BLOCK_M"], heads),
@@ -444,12 +446,14 @@ def check_offsets(query: Tensor, key: Tensor, query_offsets: Tensor, key_offsets
 
 
 def _constants(
-    head_dim: int, value_dim: int, groups: int, causal: bool, window: int, chunk: int, prefix: int, softcap: float
-) -> dict[str, Any]:
+    head_dim: int, value_dim: int, groups: int,
+    causal: bool, window: int, chunk: int, prefix: int, softcap: float, anchors: int, block: int,
+) -> dict[str, Any]:  # fmt: skip
     return {
         "HEAD_DIM": head_dim, "VALUE_DIM": value_dim, "GROUPS": groups,
         "BLOCK_D": max(16, next_power_of_2(head_dim)), "BLOCK_V": max(16, next_power_of_2(value_dim)),
         "CAUSAL": causal, "WINDOWED": window > 0, "CHUNKED": chunk > 0, "PREFIXED": prefix > 0, "CAPPED": softcap > 0,
+        "ANCHORS": anchors if window or chunk else 0, "WINDOW_BLOCK": block,
     }  # fmt: skip
 
 

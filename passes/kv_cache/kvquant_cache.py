@@ -140,7 +140,7 @@ class KvquantCache(CacheLayout):
         editor.call(kv_cache_update, first, source, slots, before=cache.write)
         held = [editor.call(aten.slice.Tensor, p, *cache.read.args[1:], before=cache.read) for p in parts]
         if center is not None:
-            held.insert(1, None)  # type: ignore[arg-type]
+            held.insert(1, None)
         options = (self.bits, cache.kv_heads, cache.spec.dtype)
         dense = editor.call(kvquant_decode, *held, *rest, *options, before=cache.read)
         value = _with_first(editor, dense, first, cache.read)

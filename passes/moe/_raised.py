@@ -83,9 +83,9 @@ def observe(
 
 def changed(editor: Editor, node: fx.Node, before: fx.Node | None = None, **new: Any) -> fx.Node:
     """A call of the same op with some arguments changed, just before `before` or the node itself."""
-    names = [formal.name for formal in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = [formal.name for formal in node.target._schema.arguments]
     values = [new[name] if name in new else argument(node, name) for name in names]
-    return editor.call(node.target, *values, before=before or node)  # type: ignore[arg-type]
+    return editor.call(node.target, *values, before=before or node)
 
 
 def restack(editor: Editor, layer: MoeLayer, place: Sequence[int], stacks: Mapping[str, Tensor], bias: bool) -> None:

@@ -94,7 +94,7 @@ def find_whole(program: Program, logits: fx.Node) -> Iterator[Whole]:
     if value.dim() < 2 or value.shape[-1] not in _stack_sizes(program):
         return
     x = cast(fx.Node, logits.args[0])
-    while x.target in VIEWS and x.args[0].meta["val"].shape[-1] == x.meta["val"].shape[-1]:  # type: ignore[union-attr]
+    while x.target in VIEWS and x.args[0].meta["val"].shape[-1] == x.meta["val"].shape[-1]:
         x = cast(fx.Node, x.args[0])
     given = x.meta["val"]
     behind, attempts = {logits}, 0

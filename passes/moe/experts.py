@@ -136,7 +136,7 @@ def _loops(program: Program) -> list[str]:
     for node in program.calls(aten.linear.default):
         rows = node.args[0]
         if isinstance(rows, fx.Node) and rows.target is aten.index.Tensor:
-            behind = {n.target for index in rows.args[1] if index is not None for n in between(index, set())}  # type: ignore[union-attr, arg-type]
+            behind = {n.target for index in rows.args[1] if index is not None for n in between(index, set())}
             if not behind.isdisjoint({aten.nonzero.default, aten.nonzero_numpy.default, aten.where.default}):
                 found.append(str(node.args[1]))
     if not found:

@@ -126,7 +126,7 @@ def _mlp(program: Program, layer: MoeLayer, down: fx.Node, weigher: Any, end: fx
         return "what is added is no gated MLP with constant weights"
     if argument(middle, "activation") != argument(layer.node, "activation"):
         return "its shared MLP has another activation"
-    halves = [_rows(program, middle.args[place]) for place in (0, 1)]  # type: ignore[arg-type]
+    halves = [_rows(program, middle.args[place]) for place in (0, 1)]
     x = _unviewed(argument(layer.node, "x"))
     if any(half is None or half[1] is not x for half in halves):
         return "its shared MLP reads something else"
@@ -138,7 +138,7 @@ def _unviewed(node: Any) -> fx.Node:
     """What a chain of views reads."""
     while node.target in VIEWS and node.args[0].meta["val"].shape[-1] == node.meta["val"].shape[-1]:
         node = node.args[0]
-    return node  # type: ignore[no-any-return]
+    return node
 
 
 def _rows(program: Program, node: fx.Node) -> tuple[Tensor, fx.Node] | None:
@@ -146,9 +146,9 @@ def _rows(program: Program, node: fx.Node) -> tuple[Tensor, fx.Node] | None:
     node, part = _unviewed(node), slice(None)
     if node.target is aten.slice.Tensor and argument(node, "dim") in (-1, node.meta["val"].dim() - 1):
         part, node = slice(argument(node, "start"), argument(node, "end")), node.args[0]  # type: ignore[assignment]
-    if node.target is not aten.linear.default or len(node.args) > 2 or node.args[1].op != "get_attr":  # type: ignore[union-attr]
+    if node.target is not aten.linear.default or len(node.args) > 2 or node.args[1].op != "get_attr":
         return None
-    return program.weight(node.args[1])[part], _unviewed(node.args[0])  # type: ignore[arg-type]
+    return program.weight(node.args[1])[part], _unviewed(node.args[0])
 
 
 def _fuse(editor: Editor, layer: MoeLayer, shared: Shared, parts: int, width: int) -> None:

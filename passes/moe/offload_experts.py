@@ -94,7 +94,7 @@ def _router(node: fx.Node) -> fx.Node | None:
         router = router.args[0]
     if router.target is not moe_routing.target or argument(router, "logits").target is not aten.linear.default:
         return None
-    return router  # type: ignore[no-any-return]
+    return router
 
 
 def _guess(editor: Editor, node: fx.Node, later: fx.Node) -> fx.Node | None:

@@ -55,7 +55,7 @@ class Reader:
         step = STEPS.get(node.target)
         if step is None:
             raise RefusedError(f"its scores go through {op_name(node.target)}")
-        return step(self, node, seen)  # type: ignore[no-any-return]
+        return step(self, node, seen)
 
     def _through(self, node: fx.Node, seen: Scores) -> tuple[fx.Node, Scores]:
         if node.target is not aten.to.dtype and not merges_heads(node):
