@@ -44,13 +44,11 @@ def test_codes_are_those_of_the_ops(format, interleaved, paged, dtype):
     if format == "fp8_e4m3":
         # Zeros have a sign there.
         codes, wanted = (bits.view(torch.float8_e4m3fn).float() for bits in (codes, wanted))
-    # The ops turn float16 in float16, so a channel may differ in its last bit, and then a code by one.
-    different = (codes != wanted).float().mean()
-    assert different < 0.01 if dtype == torch.float16 and interleaved is not None else different == 0
-    assert (
-        relative_error(without_scratch(made[1], paged), without_scratch(expected[1], paged))
-        < 2e-3 * (different > 0) + 1e-6
-    )
+    # The ops turn float16 in float16, so a channel may differ in its last bit; only e4m3 is fine enough to show it.
+    turned = format == "fp8_e4m3" and dtype == torch.float16 and interleaved is not None
+    assert (codes != wanted).float().mean() < (0.01 if turned else 1e-9)
+    scales = (without_scratch(pair[1], paged) for pair in (made, expected))
+    assert relative_error(*scales) < (2e-3 if turned else 1e-6)
 
 
 @pytest.mark.parametrize("format", ["", *cache_codes.FORMATS])
