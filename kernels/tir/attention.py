@@ -1,4 +1,4 @@
-"""Attention by positions with an online softmax, in the two shapes that inference has.
+"""Attention by positions with an online softmax: what it is, one query, few queries, and what masks let through.
 
 `decode`: one query. Keys are cut into parts that threads share, and the parts' softmaxes are merged at the end
 (Flash-Decoding, Dao et al. 2023); query heads that share a key-value head read it once.
@@ -6,11 +6,8 @@
 `prefill`: any number. Few queries of each sequence, as when several sequences decode or guesses are verified, are
 taken one by one as in `decode`, with the same parts in the same order, so that a token's result is the same to the bit
 whether it comes alone or not. Parts take blocks of keys in turn, so that the room in the cache does not matter either,
-and where there is a window, parts share the blocks that are seen.
-
-Of many queries, rows (queries of all heads that share a key-value head) lie across vector lanes, so softmax needs no
-reduction across lanes and keys need no transposition; blocks of keys that no row of a task can see are skipped
-(FlashAttention-2, Dao 2023, arXiv:2307.08691), here as in decode.
+and where there is a window, parts share the blocks that are seen. What becomes of many queries is for another file to
+say: `attention_vectors` for every machine, `attention_tiles` for tile registers.
 """
 
 from collections.abc import Callable, Iterator
@@ -41,13 +38,7 @@ from graphwright.kernels.tir.emit import (
 from graphwright.kernels.tir.functions import constant, exp, integer, kind, tanh
 
 KEYS = 16
-"""Keys of one step of the online softmax in decode."""
-
-KEY_BLOCK = 32
-"""Keys of one step in prefill."""
-
-VECTORS = 4
-"""Vectors of 16 rows that a task of prefill computes."""
+"""Keys of one step of the online softmax."""
 
 FEW = 8
 """Queries of a sequence that are taken one by one."""
@@ -316,13 +307,15 @@ def _merge(b: Buffers, row: Any, place: Any, head: Any, parts: int, held: Flat, 
         b.out.put(out + i * width, value * splat(factor, width), width)
 
 
-def prefill(a: Attention, o: Operands, parts: int) -> tirx.PrimFunc:
-    """The kernel for any number of queries; writes out [B, S, H, Dv]. `parts` are those of `decode`."""
-    return prefill_by(_prefill_tasks, a, o, parts)
+def prefill(many: Callable[["Buffers", Any, Any], None], a: Attention, o: Operands, parts: int) -> tirx.PrimFunc:
+    """The kernel for any number of queries; writes out [B, S, H, Dv].
 
-
-def prefill_by(many: Callable[["Buffers", Any, Any], None], a: Attention, o: Operands, parts: int) -> tirx.PrimFunc:
-    """The kernel that takes few queries one by one; `many` emits what becomes of more, given batch and rows."""
+    Args:
+        many: emits what becomes of more than a few, given the arguments, the batch size and the number of rows.
+        a: the attention.
+        o: where its tensors lie.
+        parts: those of `decode`.
+    """
     batch, _, length, _ = o.query.shape
     with kernel("attention_prefill") as k:
         b = Buffers(k, a, o, 0)
@@ -345,200 +338,6 @@ def _one_by_one(b: Buffers, batch: Any, length: Any, parts: int) -> None:
             _decode_part(b, row, place, head, _blocks_of(b, part, parts), held, part * a.group)
         with loop(a.group) as g:
             _merge(b, row, place, let(head * a.group + g), parts, held, 0)
-
-
-def _prefill_tasks(b: Buffers, batch: Any, rows: Any) -> None:
-    blocks = let(ceil_div(rows, 16 * VECTORS))
-    kv_heads = b.a.kv_heads
-    with T.parallel(0, batch * kv_heads * blocks) as task:
-        sequence, head = let(task // (blocks * kv_heads)), let(task // blocks % kv_heads)
-        _RowBlock(b, sequence, head, let(task % blocks * (16 * VECTORS)), rows).emit()
-
-
-class _RowBlock:
-    """Rows that one task computes: consecutive (query, head) pairs of one key-value head, across vector lanes."""
-
-    def __init__(self, b: Buffers, sequence: Any, head: Any, first: Any, rows: Any) -> None:
-        self.b, self.a, self.o = b, b.a, b.o
-        self.sequence, self.head, self.first, self.rows = sequence, head, first, rows
-        self.vectors, self.width = VECTORS, 16 * VECTORS
-        self.query = local(self.a.head_dim * self.width, "float32")
-        self.values = local(self.a.value_dim * self.width, "float32")
-        self.weights = local(KEY_BLOCK * self.width, "float32")
-        self.best, self.total = local(self.width, "float32"), local(self.width, "float32")
-        self.fade = local(self.width, "float32")
-        self.positions = local(self.width, "int32")
-        self.slopes = local(self.width, "float32") if b.slopes is not None else None
-        self.range = local(2, "int32")
-        widths = [
-            size
-            for buffer, size in ((b.key, self.a.head_dim), (b.value, self.a.value_dim))
-            if buffer.dtype != "float32"
-        ]
-        self.floats = local(KEY_BLOCK * max(widths), "float32") if widths else None
-
-    def emit(self) -> None:
-        """The task."""
-        self._gather()
-        keys = self.o.key.shape[2]
-        with loop(ceil_div(keys, KEY_BLOCK)) as block:
-            start = let(block * KEY_BLOCK)
-            positions = self.b.key_positions(self.sequence, start, KEY_BLOCK)
-            with T.If(self._worth_it(positions)), T.Then():
-                self._scores(start)
-                self._softmax(positions)
-                self._accumulate(start)
-        self._scatter()
-
-    def _row(self, i: Any) -> tuple[Any, Any]:
-        """(query, head) of lane i; lanes beyond the last row repeat it."""
-        row = let(minimum(self.first + i, self.rows - 1))
-        return let(row // self.a.group), let(self.head * self.a.group + row % self.a.group)
-
-    def _gather(self) -> None:
-        a, first, last = self.a, tirx.const(2**31 - 1, "int32"), tirx.const(-(2**31), "int32")
-        self.range.put(0, first, 1)
-        self.range.put(1, last, 1)
-        with loop(self.width) as i:
-            place, head = self._row(i)
-            start = let(self.o.query.at(self.sequence, head, place))
-            with loop(a.head_dim) as d:
-                self.query.put(d * self.width + i, self.b.query[start + d] * tirx.const(a.scale, "float32"), 1)
-            position = let(self.b.query_position(self.sequence, place))
-            self.positions.put(i, position, 1)
-            self.range.put(0, T.min(self.range[0], position), 1)
-            self.range.put(1, T.max(self.range[1], position), 1)
-            if self.slopes is not None:
-                self.slopes.put(i, self.b.slopes[head], 1)
-        for at in range(0, self.width, 16):
-            self.best.put(at, constant(LOWEST, 16))
-            self.total.put(at, constant(0.0, 16))
-        with loop(a.value_dim * self.vectors) as i:
-            self.values.put(i * 16, constant(0.0, 16))
-
-    def _worth_it(self, positions: Flat) -> Any:
-        """Whether any row can see any key of the block, by the ranges of their positions."""
-        return any_seen(self.a, key_range(positions, KEY_BLOCK), self.range[0], self.range[1])
-
-    def _scores(self, start: Any) -> None:
-        """weights[key, row] = key · query; four keys and all rows at a time."""
-        a, step = self.a, 4
-        keys, begin = self._as_floats(self.b.key, self.o.key, a.head_dim, start)
-        with loop(KEY_BLOCK // step) as quad:
-            sums = local(step * self.width, "float32")
-            for i in range(step * self.vectors):
-                sums.put(i * 16, constant(0.0, 16))
-            last = self.o.key.shape[2] - 1
-            places = [let(minimum(start + quad * step + i, last)) for i in range(step)]
-            starts = [let(begin(quad * step + i)) for i in range(step)]
-            scales = self.b.scales("key", self.sequence, self.head, places)
-            with loop(a.head_dim) as d:
-                rows = [let(self.query.vec(d * self.width + 16 * v)) for v in range(self.vectors)]
-                self._outer(sums, [keys[at + d] for at in starts], rows)
-            for i in range(step * self.vectors):
-                sum_ = sums.vec(i * 16)
-                scaled = sum_ if scales is None else sum_ * splat(scales[i // self.vectors])
-                self.weights.put(quad * (step * self.width) + i * 16, scaled)
-
-    def _as_floats(self, buffer: Flat, layout: Layout, width: int, start: Any) -> tuple[Flat, Callable[[Any], Any]]:
-        """A block of keys or values as float32, and where each of them begins; floats stay where they are."""
-        last = layout.shape[2] - 1
-
-        def place(key: Any) -> Any:
-            return layout.at(self.sequence, self.head, minimum(start + key, last))
-
-        if self.floats is None or buffer.dtype == "float32":
-            return buffer, place
-        lanes = widest(width)
-        with loop(KEY_BLOCK) as key:
-            row = let(place(key))
-            with loop(width // lanes) as i:
-                self.floats.put(key * width + i * lanes, floats(buffer.vec(row + i * lanes, lanes), lanes), lanes)
-        return self.floats, lambda key: key * width
-
-    def _outer(self, sums: Flat, left: list[Any], right: list[Any]) -> None:
-        """sums[i, v] += left[i] * right[v]."""
-        for i, scalar in enumerate(left):
-            spread = let(splat(scalar))
-            for v, vector in enumerate(right):
-                place = i * self.width + 16 * v
-                sums.put(place, sums.vec(place) + spread * vector)
-
-    def _softmax(self, positions: Flat) -> None:
-        """Scores become weights; the sums so far fade to the new largest score."""
-        for v in range(self.vectors):
-            at = 16 * v
-            rows = let(self.positions.vec(at))
-            slope = self.slopes.vec(at) if self.slopes is not None else None
-            top = local(16, "float32")
-            top.put(0, self.best.vec(at))
-            with loop(KEY_BLOCK) as key:
-                place = let(key * self.width + at)
-                position = let(splat(positions[key]))
-                score = score_of(self.a, self.weights.vec(place), position - rows, slope, 16)
-                score = let(tirx.Select(visible(self.a, rows, position, 16), score, constant(LOWEST, 16)))
-                self.weights.put(place, score)
-                top.put(0, T.max(top.vec(0), score))
-            best = let(top.vec(0))
-            fade = exp(self.best.vec(at) - best, 16)
-            self.fade.put(at, fade)
-            self.best.put(at, best)
-            sums = local(16, "float32")
-            sums.put(0, self.total.vec(at) * fade)
-            with loop(KEY_BLOCK) as key:
-                place = let(key * self.width + at)
-                score = let(self.weights.vec(place))
-                hidden = score <= constant(LOWEST / 2, 16)
-                weight = let(tirx.Select(hidden, constant(0.0, 16), exp(score - best, 16)))
-                self.weights.put(place, weight)
-                sums.put(0, sums.vec(0) + weight)
-            self.total.put(at, sums.vec(0))
-
-    def _accumulate(self, start: Any) -> None:
-        """values[channel, row] += value · weights; four channels and all rows at a time."""
-        step = 4 if self.a.value_dim % 4 == 0 else 1
-        values, begin = self._as_floats(self.b.value, self.o.value, self.a.value_dim, start)
-        self._scale_weights(start)
-        with loop(self.a.value_dim // step) as quad:
-            sums = local(step * self.width, "float32")
-            for i in range(step):
-                for v in range(self.vectors):
-                    place = (quad * step + i) * self.width + 16 * v
-                    sums.put(i * self.width + 16 * v, self.values.vec(place) * self.fade.vec(16 * v))
-            with loop(KEY_BLOCK) as key:
-                at = let(begin(key) + quad * step)
-                rows = [let(self.weights.vec(key * self.width + 16 * v)) for v in range(self.vectors)]
-                self._outer(sums, [values[at + i] for i in range(step)], rows)
-            for i in range(step * self.vectors):
-                self.values.put(quad * (step * self.width) + i * 16, sums.vec(i * 16))
-
-    def _scale_weights(self, start: Any) -> None:
-        """Multiplies weights by the scales of values that are codes."""
-        scale, layout = self.b.value_scale, self.o.value_scale
-        if scale is None or layout is None:
-            return
-        with loop(KEY_BLOCK) as key:
-            place = let(minimum(start + key, self.o.value.shape[2] - 1))
-            factor = let(splat(scale[layout.at(self.sequence, self.head, place, 0)]))
-            for v in range(self.vectors):
-                at = key * self.width + 16 * v
-                self.weights.put(at, self.weights.vec(at) * factor)
-
-    def _scatter(self) -> None:
-        a, one, none = self.a, tirx.const(1.0, "float32"), tirx.const(0.0, "float32")
-        with loop(minimum(self.rows - self.first, tirx.const(self.width, "int64"))) as i:
-            place, head = self._row(i)
-            total: Any = self.total[i]
-            scale: Any = one
-            if self.b.sinks is not None:
-                top = let(T.max(self.best[i], self.b.sinks[head]))
-                scale = exp(self.best[i] - top, 1)
-                total = total * scale + exp(self.b.sinks[head] - top, 1)
-            total = let(total)
-            factor = let(T.Select(total > none, scale / total, none))
-            target = let(((self.sequence * self.o.query.shape[2] + place) * a.heads + head) * a.value_dim)
-            with loop(a.value_dim) as d:
-                self.b.out.put(target + d, self.values[d * self.width + i] * factor, 1)
 
 
 def score_of(a: Attention, product: Any, distance: Any, slope: Any, lanes: int) -> Any:

@@ -6,7 +6,7 @@ and x y is taken as h y_h + h y_l + l y_h: what is missing is below 2**-16 of th
     scores[key, row]      = key · query          left: keys as they lie,   right: queries, transposed once a task
     values[channel, row] += value^T · weights    left: values, transposed, right: weights as softmax makes them
 
-As in `attention.prefill`, rows (queries of all heads that share a key-value head) lie across vector lanes, so softmax
+As in `attention_vectors`, rows (queries of all heads that share a key-value head) lie across vector lanes, so softmax
 needs no reduction across lanes. A task takes several blocks of rows, so that it cuts a block of keys and values once
 for all of them; blocks that no row can see are skipped (FlashAttention-2, Dao 2023, arXiv:2307.08691).
 
@@ -20,7 +20,7 @@ from typing import Any
 
 from tvm import tirx
 
-from graphwright.kernels.tir import amx
+from graphwright.kernels.tir import amx, attention
 from graphwright.kernels.tir.attention import (
     LOWEST,
     Attention,
@@ -28,7 +28,6 @@ from graphwright.kernels.tir.attention import (
     Operands,
     any_seen,
     key_range,
-    prefill_by,
     score_of,
     visible,
 )
@@ -69,7 +68,7 @@ def serves(a: Attention) -> bool:
 
 def prefill(a: Attention, o: Operands, parts: int) -> tirx.PrimFunc:
     """The kernel for any number of queries; writes out [B, S, H, Dv]. `parts` are those of `attention.decode`."""
-    return prefill_by(_tasks, a, o, parts)
+    return attention.prefill(_tasks, a, o, parts)
 
 
 def _tasks(b: Buffers, batch: Any, rows: Any) -> None:

@@ -8,6 +8,7 @@ from kernels.tir.running import dense, nowhere, run, size
 
 from graphwright.backends.tvm.translate import dtype_of
 from graphwright.kernels.tir import attention as kernels
+from graphwright.kernels.tir import attention_vectors
 from graphwright.numerics import relative_error
 from graphwright.ops import attention, dequantize_tokens, quantize_tokens
 
@@ -56,7 +57,7 @@ def kernel_output(sample, decode: bool, parts: int = 3, scales: tuple = ()) -> t
         parts_out = nowhere(batch, kv_heads, parts, heads // kv_heads, value_dim + 2)
         run(kernels.decode(described, operands, parts), *given, out, parts_out)
     else:
-        run(kernels.prefill(described, operands, parts), *given, out)
+        run(attention_vectors.prefill(described, operands, parts), *given, out)
     return out.transpose(1, 2)
 
 
@@ -128,7 +129,9 @@ def test_the_room_in_the_cache_does_not_matter(decode):
     assert all(torch.equal(one, found[0]) for one in found)
 
 
-@pytest.mark.parametrize(("window", "softcap", "with_sinks"), itertools.product([0, 5], [0.0, 30.0], [False, True]))
+@pytest.mark.parametrize(
+    ("window", "softcap", "with_sinks"), list(itertools.product([0, 5], [0.0, 30.0], [False, True]))
+)
 def test_decode_options(window, softcap, with_sinks):
     query, key, value = torch.randn(2, 4, 1, 32), torch.randn(2, 2, 50, 32), torch.randn(2, 2, 50, 32)
     query_at = torch.tensor([[40], [7]])

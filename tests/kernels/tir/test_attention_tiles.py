@@ -9,8 +9,9 @@ import tvm
 from kernels.tir.running import HOST, compiled, dense, nowhere, size
 
 from graphwright.backends.tvm.machine import tvm_target
-from graphwright.kernels.tir import attention as vectors
 from graphwright.kernels.tir import attention_tiles as kernels
+from graphwright.kernels.tir import attention_vectors as vectors
+from graphwright.kernels.tir.attention import FEW, Attention, Operands
 from graphwright.kernels.tir.isa import choose
 from graphwright.numerics import relative_error
 from graphwright.ops import attention, dequantize_tokens, quantize_tokens
@@ -39,21 +40,21 @@ SIZES = [
 ]
 
 
-def operands(a: vectors.Attention, kept: str = "float32") -> vectors.Operands:
+def operands(a: Attention, kept: str = "float32") -> Operands:
     b, s, t = size("batch"), size("sequence"), size("keys")
     held = [dense(b, a.kv_heads, t, width) for width in (a.head_dim, a.value_dim)]
     scales = [dense(b, a.kv_heads, t, 1)] * 2 if kept == "int8" else [None] * 2
-    return vectors.Operands(
+    return Operands(
         dense(b, a.heads, s, a.head_dim), *held, dense(b, s), dense(b, t), *scales, key_dtype=kept, value_dtype=kept
     )
 
 
 def described(heads: int, kv_heads: int, head_dim: int, value_dim: int, kept: str, options: dict):
     known = {"alibi": False, "sinks": False} | options
-    return vectors.Attention(heads, kv_heads, head_dim, value_dim, head_dim**-0.5, **known)
+    return Attention(heads, kv_heads, head_dim, value_dim, head_dim**-0.5, **known)
 
 
-def drawn(a: vectors.Attention, sizes: tuple, kept: str = "float32") -> tuple[list[torch.Tensor], torch.Tensor]:
+def drawn(a: Attention, sizes: tuple, kept: str = "float32") -> tuple[list[torch.Tensor], torch.Tensor]:
     """The kernel's arguments, and what the op makes of them."""
     batch, queries, keys, empty = sizes
     torch.manual_seed(queries)
@@ -96,10 +97,10 @@ def test_against_the_reference(case):
 @needs_tiles
 def test_few_queries_are_those_of_the_kernel_in_vector_registers():
     a = described(*CASES[0])
-    given, _ = drawn(a, (2, vectors.FEW, 70, 0))
+    given, _ = drawn(a, (2, FEW, 70, 0))
     outs = []
     for module in (kernels, vectors):
-        outs.append(nowhere(2, vectors.FEW, a.heads, a.value_dim))
+        outs.append(nowhere(2, FEW, a.heads, a.value_dim))
         compiled(module.prefill(a, operands(a), 3))(*given, outs[-1])
     assert torch.equal(*outs)
 
