@@ -39,14 +39,14 @@ from graphwright.backend import (
 )
 from graphwright.capture import finish
 from graphwright.contract import Contract, Dim, InputSpec
-from graphwright.errors import BackendError, RecipeError, nearest
+from graphwright.errors import BackendError, RecipeError, TargetError, nearest
 from graphwright.manager import PassManager, plan_passes
 from graphwright.pass_ import Context
 from graphwright.program import Metadata, Program, attribute
 from graphwright.recipe import Recipe
 from graphwright.serialize import set_attribute
 from graphwright.split import compile_parts
-from graphwright.target import Target
+from graphwright.target import Target, local_gpu
 
 aten = torch.ops.aten
 
@@ -61,7 +61,7 @@ class Options(BaseModel):
 
     recipe: Any = "none"
     target: str = ""
-    """Empty: what the backend is for, on this machine; the CPU where none is named."""
+    """Empty: what the backend is for on this machine; the CPU where none is named."""
     backend: str = ""
     verify: bool = True
     coverage: Callable[[Coverage], Any] | None = None
@@ -74,7 +74,7 @@ def graphwright_backend(
 
     Raises:
         RecipeError: an option, recipe or pass is unknown.
-        TargetError: the target is unknown.
+        TargetError: the target is unknown, or the backend is for GPUs that this machine has none of.
         BackendError: the backend is unknown, or does not compile for the target.
     """
     chosen = _options(options or {})
@@ -82,7 +82,7 @@ def graphwright_backend(
     named = registry.backend(chosen.backend) if chosen.backend else None
     if isinstance(named, RequiringJitBackend):
         named.require_jit()
-    target = Target.parse(chosen.target or (named.kinds[0] if named else "cpu"))
+    target = Target.parse(chosen.target) if chosen.target else _this_machine(named)
     backends = backends_for(target, chosen.backend, jit=True)
     return _Region(module, recipe, target, backends, chosen)
 
@@ -96,6 +96,21 @@ def _options(given: Mapping[str, Any]) -> Options:
         raise RecipeError(
             f"Option {name!r} of torch.compile: {first['msg']}", fix=nearest(name, Options.model_fields)
         ) from error
+
+
+def _this_machine(named: Backend | None) -> Target:
+    """What `named` is for on this machine; the CPU where none is named."""
+    if named is None or "cpu" in named.kinds:
+        return Target.parse("cpu")
+    gpu = local_gpu()
+    if gpu is not None and gpu.partition(":")[0] in named.kinds:
+        return Target.parse(gpu)
+    if "tensorrt" in named.kinds:
+        return Target.parse("tensorrt")
+    raise TargetError(
+        f"Backend {named.name} compiles for {', '.join(named.kinds)}, and this machine has no such GPU",
+        fix="Leave the backend out to compile for the CPU, or compile ahead of time: graphwright compile --target",
+    )
 
 
 def _keeping_contract(recipe: Recipe) -> Recipe:

@@ -266,8 +266,16 @@ def test_torch_compile_explains_that_there_is_no_gpu():
     torch._dynamo.reset()
 
 
-def test_torch_compile_refuses_a_backend_for_another_target():
-    compiled = torch.compile(nn.Linear(4, 4), backend="graphwright", options={"backend": "triton"})
-    with pytest.raises(Exception, match="compiles for cuda, rocm, and cpu is cpu"):
+@pytest.mark.skipif(local_gpu() is not None, reason="says what is missing without a GPU")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backend": "triton"}, "compiles for cuda, rocm, and this machine has no such GPU"),
+        ({"backend": "triton", "target": "cpu"}, "compiles for cuda, rocm, and cpu is cpu"),
+    ],
+)
+def test_torch_compile_refuses_a_backend_for_another_target(options, message):
+    compiled = torch.compile(nn.Linear(4, 4), backend="graphwright", options=options)
+    with pytest.raises(Exception, match=message):
         compiled(torch.randn(2, 4))
     torch._dynamo.reset()
