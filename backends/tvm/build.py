@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import tvm
-from tvm import relax
+from tvm import relax, s_tir
 
 from graphwright.backend import Progress
 from graphwright.backends.tvm.fusion import plan_fusion
@@ -53,9 +53,36 @@ def build(
 
 
 def build_kernels(kernels: tvm.IRModule, target: Target) -> tvm.runtime.Module:
-    """Machine code of kernels alone: the pass that shares memory between buffers would take registers from them."""
-    with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
-        return tvm.tirx.build(kernels, target=tvm_target(target))
+    """Machine code of kernels from `graphwright.kernels.tir`, by the passes that they need."""
+    machine = tvm_target(target)
+    machine = machine.with_host(machine)
+    lowered = tvm.transform.Sequential([tvm.tirx.transform.BindTarget(machine), *lowering()])(kernels)
+    return tvm.get_global_func("target.build.llvm")(lowered, machine)
+
+
+def lowering() -> list[tvm.transform.Pass]:
+    """From a kernel to what LLVM's code is written from.
+
+    TVM's default has passes for schedules, GPUs and kernels of one statement; they take most of the time on kernels
+    that are written out, and one that shares memory between buffers takes registers from them.
+    """
+    passes = tvm.tirx.transform
+    return [
+        passes.FlattenBuffer(),
+        passes.BF16ComputeLegalize(),
+        passes.NarrowDataType(32),
+        passes.VectorizeLoop(),
+        passes.UnrollLoop(),
+        passes.StmtSimplify(),
+        s_tir.transform.RewriteUnsafeSelect(),
+        passes.VerifyMemory(),
+        passes.AnnotateEntryFunc(),
+        passes.SplitHostDevice(),
+        passes.MakePackedAPI(),
+        passes.BF16StorageLegalize(),
+        passes.LowerTVMBuiltin(),
+        passes.LowerIntrin(),
+    ]
 
 
 def translate(

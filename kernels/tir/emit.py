@@ -172,8 +172,17 @@ def loop(extent: Index) -> Any:
 
 
 def let(value: Any) -> Any:
-    """Computes a value once and names it."""
-    return T.Bind(value)
+    """Computes a value once and names it.
+
+    Floats and vectors go through memory, which LLVM takes back into registers: TVM tries to simplify whatever it sees a
+    name bound to, again for every use, and takes ten times as long as LLVM does with masks and online softmaxes.
+    """
+    dtype = str(value.ty.dtype) if isinstance(value, tirx.Expr) else "int64"
+    if dtype in ("int32", "int64", "bool"):
+        return T.Bind(value)
+    held = Flat(_scratch(1, dtype, 0), dtype)
+    held.put(0, value, 1)
+    return held[0]
 
 
 def splat(value: Any, lanes: int = LANES) -> Any:

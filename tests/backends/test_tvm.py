@@ -83,14 +83,14 @@ def test_kernels_use_the_dot_product_instruction(compiled):
     if not {"avx512_vnni", "avx_vnni"} & set(target.features):
         pytest.skip("this CPU has no VNNI")
     _, kernels = translate(compiled.program, target, forms(compiled.program))
-    library = tvm.tirx.build(kernels, target=tvm_target(target))
+    library = build_kernels(kernels, target)
     assert "vpdpbusd" in library.inspect_source("asm")
 
 
 def test_kernels_are_generated_for_other_instruction_sets(compiled):
     arm = Target("cpu", "cpu", "aarch64", ("asimd", "asimddp"))
     _, kernels = translate(compiled.program, arm, forms(compiled.program))
-    assert "sdot" in tvm.tirx.build(kernels, target=tvm_target(arm)).inspect_source("asm")
+    assert "sdot" in build_kernels(kernels, arm).inspect_source("asm")
 
 
 def test_as_a_torch_compile_backend():

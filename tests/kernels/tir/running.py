@@ -8,7 +8,7 @@ import tvm_ffi
 from torch.nn import functional
 from tvm import tirx
 
-from graphwright.backends.tvm.machine import tvm_target
+from graphwright.backends.tvm.build import build_kernels
 from graphwright.kernels.tir.emit import Layout
 from graphwright.kernels.tir.linear import Linear
 from graphwright.kernels.tir.quantize import CodeRow
@@ -33,9 +33,7 @@ def compiled(function: tirx.PrimFunc) -> Callable[..., None]:
 
 def _compile(function: tirx.PrimFunc) -> Callable[..., None]:
     module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
-    # As the backend builds kernels: sharing memory between buffers would take registers from some of them.
-    with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
-        return tvm.compile(module, target=tvm_target(HOST))["kernel"]
+    return build_kernels(module, HOST)["kernel"]
 
 
 def run(function: tirx.PrimFunc, *tensors: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 import tvm
 from kernels.tir.running import HOST, compiled, dense, nowhere, size
 
-from graphwright.backends.tvm.machine import tvm_target
+from graphwright.backends.tvm.build import build_kernels
 from graphwright.kernels.tir import attention_tiles as kernels
 from graphwright.kernels.tir import attention_vectors as vectors
 from graphwright.kernels.tir.attention import FEW, Attention, Operands
@@ -131,7 +131,6 @@ def test_machine_code_multiplies_tiles_of_bfloat16():
     target = replace(HOST, arch="x86_64", features=features)
     a = described(*CASES[-1])
     function = kernels.prefill(a, operands(a), 3).with_attr("global_symbol", "kernel")
-    with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
-        code = tvm.compile(tvm.IRModule({"kernel": function}), target=tvm_target(target)).mod.inspect_source("asm")
+    code = build_kernels(tvm.IRModule({"kernel": function}), target).inspect_source("asm")
     assert len(re.findall("tdpbf16ps", code)) >= 12
     assert "tilerelease" in code

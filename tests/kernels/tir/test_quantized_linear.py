@@ -12,7 +12,7 @@ from kernels.tir.running import HOST, code_rows, nowhere, one_by_one, run, size
 from torch.nn import functional
 
 from graphwright import packing
-from graphwright.backends.tvm.machine import tvm_target
+from graphwright.backends.tvm.build import build_kernels
 from graphwright.kernels.tir import amx, tiles
 from graphwright.kernels.tir.isa import ISAS, Isa, choose
 from graphwright.kernels.tir.linear import Linear
@@ -107,7 +107,7 @@ def test_machine_code_holds_the_dot_product_of_its_instruction_set(features, ins
         layer = Linear(outputs, width, format, group, options[0], "float16")
         function = matrix(layer, choose(target.features), (size("batch"), size("sequence")))
         module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
-        code = tvm.compile(module, target=tvm_target(target)).mod.inspect_source("asm")
+        code = build_kernels(module, target).inspect_source("asm")
         assert re.search(instruction, code), format
 
 
