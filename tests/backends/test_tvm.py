@@ -6,16 +6,14 @@ import sys
 
 import pytest
 import torch
-import tvm
 from families.configs import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import graphwright
-from graphwright.backends.tvm.build import forms, translate
+from graphwright.backends.tvm.build import build_kernels, forms, translate
 from graphwright.backends.tvm.layout import tile_weights
-from graphwright.backends.tvm.machine import tvm_target
 from graphwright.backends.tvm.values import expand, insert, narrow, reshape, transpose
 from graphwright.kernels.tir.emit import Layout
 from graphwright.kernels.tir.tiles import fits
