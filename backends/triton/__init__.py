@@ -73,12 +73,13 @@ class TritonBackend:
             TargetError: this machine's GPU is not the target.
             ArtifactError: the artifact holds no kernels for it.
         """
-        from graphwright.backends.triton import cache_ops, ops, store
+        from graphwright.backends.triton import cache_ops, kivi_ops, ops, store
         from graphwright.backends.triton.executable import TritonExecutable, require_gpu
 
         require_gpu(target.name)
         store.read(directory, target.name)
-        assert cache_ops.cached_attention.target in ops.OPS  # noqa: S101 - importing registers what the graph names
+        for made in (cache_ops.cached_attention, kivi_ops.attend_kivi_cache):
+            assert made.target in ops.OPS  # noqa: S101 - importing registers what the graph names
         module = serialize.graph_from_json(json.loads((directory / GRAPH).read_text()), weights)
         return TritonExecutable(module, contract, target.name, directory)
 

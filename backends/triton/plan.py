@@ -24,7 +24,7 @@ from graphwright.text import symbol_names
 
 LENGTHS = (1, 2, 4, 16, 17, 64, 65, 256, 520, 2048, 8192, 32768)
 BATCHES = (1, 2, 8, 17, 65)
-SIZES = {"batch": BATCHES, "capacity": (2,), "blocks": (2,), "table": (64,)}
+SIZES = {"batch": BATCHES, "capacity": (2,), "key_groups": (2,), "blocks": (2,), "table": (64,)}
 """Sizes tried per dimension; every other dimension takes a length. No kernel depends on the room that a cache has."""
 
 

@@ -66,7 +66,8 @@ def quantized_embedding(
         Launch(
             look_up,
             {"index_ptr": indices.contiguous(), "weight_ptr": weight, "scale_ptr": scale, "zero_ptr": zero_point,
-             "table_ptr": table_of(format, weight.device), "out_ptr": out, "width": embedding_dim, "groups": scale.shape[1]},
+             "table_ptr": table_of(format, weight.device), "out_ptr": out, "width": embedding_dim,
+             "groups": scale.shape[1]},
             {"PARTS": PARTS[format], "HIGH": format == "int3", "GROUP_SIZE": group_size,
              "SYMMETRIC_ZERO": float(packing.FORMATS[format].zero)},
             (Config.of(4, BLOCK=1024), Config.of(4, BLOCK=512), Config.of(2, BLOCK=256)),
