@@ -6,7 +6,7 @@ Stages of `compile`, in order:
 2. find every launch that the program can make, over all classes of sizes                 (plan.py)
 3. choose a configuration for each, compile it, and check the machine code                (build.py, machine_code.py)
 4. write machine code with what it takes to launch it, and the lowered graph              (store.py)
-5. on a GPU, run the graph with those binaries                                            (executable.py, driver.py)
+5. on a GPU, run the graph with those binaries, and choose tokens where the logits lie    (executable.py, driver.py)
 
 Triton is imported when the backend is first used, so that programs for other targets do not need it.
 """
@@ -60,7 +60,8 @@ class TritonBackend:
 
         device = Device.of(target)
         lowered = lowering.lower(program, device)
-        found = build.build(plan.launches(lowered, device), device, progress)
+        launches = [*plan.launches(lowered, device), *plan.sampling_launches(lowered, device)]
+        found = build.build(launches, device, progress)
         _refuse_missing(found, target)
         store.write(directory, target.name, found)
         (directory / GRAPH).write_text(json.dumps(serialize.graph_to_json(lowered.graph)))

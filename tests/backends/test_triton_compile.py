@@ -28,6 +28,7 @@ from graphwright.kernels.triton import (
     norm,
     quantized_gemm,
     rope,
+    sampling,
     sparse_gemm,
 )
 from graphwright.kernels.triton.device import DEVICES
@@ -71,6 +72,8 @@ CASES = [
     (grouped_gemm, "8 experts, 4096 rows", "cuda:sm_90", "HGMMA"),
     (norm, "add_rms_norm 4096", "cuda:sm_80", ""),
     (rope, "cache write", "rocm:gfx942", ""),
+    (sampling, "draw 128256", "cuda:sm_90", ""),
+    (sampling, "draw 128256", "rocm:gfx942", ""),
 ]
 
 
@@ -195,9 +198,10 @@ def test_a_program_for_two_targets(artifact):
     assert store.targets_in(folder / "kernels") == ["cuda:sm_90", "rocm:gfx942"]
     for target, kind in (("cuda:sm_90", "cubin"), ("rocm:gfx942", "hsaco")):
         entries = store.read(folder / "kernels", target)
-        assert {"normalize", "gate", "gemv", "gemm", "flash_attention", "split_attention", "rotate_and_store"} <= {
-            entry.problem.kernel for entry in entries
-        }
+        assert {
+            "normalize", "gate", "gemv", "gemm", "flash_attention", "split_attention", "rotate_and_store",
+            "best_part", "best_of_parts", "draw_row",
+        } <= {entry.problem.kernel for entry in entries}  # fmt: skip
         for entry in entries:
             assert entry.file.suffix == f".{kind}"
             assert entry.resources.spills == 0
