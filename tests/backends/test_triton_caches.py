@@ -12,7 +12,8 @@ from graphwright.backends.triton import BACKEND, caches, lowering, plan, store
 from graphwright.capture import capture
 from graphwright.compiled import CompileOptions, rewrite
 from graphwright.feeding import logits_in_chunks, token_inputs
-from graphwright.kernels.triton.decode_attention import MOST_ROWS
+from graphwright.kernels.triton.decode_attention import MOST_ROWS, split_attention
+from graphwright.kernels.triton.device import DEVICES
 from graphwright.numerics import relative_error
 from graphwright.ops import attention, dequantize_tokens, kivi_read, kv_cache_update, quantize_tokens
 from graphwright.program import Program
@@ -82,6 +83,18 @@ def test_a_cache_of_kivi_that_something_else_reads_is_read_first():
     found = counts(lowering.lower(program))
     assert found["read_kivi_cache"] == 2
     assert found["attend_kivi_cache"] == found["kivi_cache_update"] // 2 - 1
+
+
+@pytest.mark.parametrize(("target", "read"), [("rocm:gfx942", "*u8"), ("cuda:sm_90", "*fp8e4nv")])
+def test_fp8_caches_are_read_as_bits_where_the_type_is_another(target, read):
+    """The fp8 of gfx942 is e4m3fnuz, whose bits stand for other numbers: kernels there decode e4m3 themselves."""
+    program = made("fp8")
+    assert not {"attention", "quantize_tokens", "dequantize_tokens"} & set(
+        coverage(program, BACKEND, GPUS[target]).reasons
+    )
+    found = plan.launches(lowering.lower(program, DEVICES[target]), DEVICES[target])
+    kinds = {dict(launch.problem().types)["key_ptr"] for launch in found if launch.kernel is split_attention}
+    assert kinds == {read}
 
 
 PAGED_TEXT = """\
