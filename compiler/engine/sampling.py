@@ -88,7 +88,7 @@ def choose(
     greedy = sampling.temperature == 0
     uniform = torch.zeros(len(logits), dtype=torch.float64) if greedy else _uniform(len(logits), generator)
     tokens = sample(logits, uniform, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-    _refuse_nan(tokens < 0)
+    _refuse_nan(min(tokens.tolist()) < 0)
     return tokens
 
 
@@ -101,7 +101,7 @@ def distribution(logits: Tensor, sampling: Sampling, text: Sequence[int]) -> Ten
     logits = logits.float()
     if sampling.repetition_penalty != 1.0:
         logits = penalize(logits, seen_tokens([text], logits), sampling.repetition_penalty)
-    _refuse_nan(logits.amax(-1).isnan())
+    _refuse_nan(bool(logits.amax(-1).isnan().any()))
     if sampling.temperature > 0:
         return warp(logits, sampling).softmax(-1)
     return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
@@ -135,8 +135,8 @@ def _uniform(count: int, generator: torch.Generator) -> Tensor:
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
-def _refuse_nan(rows: Tensor) -> None:
-    if rows.any():
+def _refuse_nan(found: bool) -> None:
+    if found:
         raise GenerationError(
             "The program's logits are NaN",
             fix="Its weights or a rewrite overflow: try another recipe, or `graphwright bisect` to find the pass",
