@@ -39,6 +39,21 @@ class Executable(Protocol):
         ...
 
 
+@runtime_checkable
+class SamplingExecutable(Protocol):
+    """An executable that chooses tokens where its logits lie, so that these need not travel."""
+
+    def resident(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Runs it once, and leaves the outputs where they were made."""
+        ...
+
+    def sample(
+        self, logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+    ) -> Tensor:
+        """What `graphwright.ops.sample_tokens` does, for such outputs and numbers on the CPU; tokens on the CPU."""
+        ...
+
+
 class Backend(Protocol):
     """Lowers programs for some kinds of target."""
 

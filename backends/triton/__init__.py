@@ -6,7 +6,7 @@ Stages of `compile`, in order:
 2. find every launch that the program can make, over all classes of sizes                 (plan.py)
 3. choose a configuration for each, compile it, and check the machine code                (build.py, machine_code.py)
 4. write machine code with what it takes to launch it, and the lowered graph              (store.py)
-5. on a GPU, run the graph with those binaries                                            (executable.py, driver.py)
+5. on a GPU, run the graph with those binaries, and choose tokens where the logits lie    (executable.py, driver.py)
 
 Triton is imported when the backend is first used, so that programs for other targets do not need it.
 """
@@ -60,7 +60,8 @@ class TritonBackend:
 
         device = Device.of(target)
         lowered = lowering.lower(program, device)
-        found = build.build(plan.launches(lowered, device), device, progress)
+        launches = [*plan.launches(lowered, device), *plan.sampling_launches(lowered, device)]
+        found = build.build(launches, device, progress)
         _refuse_missing(found, target)
         store.write(directory, target.name, found)
         (directory / GRAPH).write_text(json.dumps(serialize.graph_to_json(lowered.graph)))
@@ -73,12 +74,13 @@ class TritonBackend:
             TargetError: this machine's GPU is not the target.
             ArtifactError: the artifact holds no kernels for it.
         """
-        from graphwright.backends.triton import cache_ops, ops, store
+        from graphwright.backends.triton import cache_ops, kivi_ops, ops, store
         from graphwright.backends.triton.executable import TritonExecutable, require_gpu
 
         require_gpu(target.name)
         store.read(directory, target.name)
-        assert cache_ops.cached_attention.target in ops.OPS  # noqa: S101 - importing registers what the graph names
+        for made in (cache_ops.cached_attention, kivi_ops.attend_kivi_cache):
+            assert made.target in ops.OPS  # noqa: S101 - importing registers what the graph names
         module = serialize.graph_from_json(json.loads((directory / GRAPH).read_text()), weights)
         return TritonExecutable(module, contract, target.name, directory)
 

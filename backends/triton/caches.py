@@ -117,8 +117,6 @@ def refusal(node: fx.Node) -> str:
         if node.args[1] not in cache_codes.FORMATS or _value(node.args[0]).dtype not in FLOATS:
             return f"no kernel rounds {_value(node.args[0]).dtype} to {node.args[1]}"
         return "" if rounded(node) else "its codes and scales do not go to the same slots of two caches, and only there"
-    if node.target in (semantic.kivi_read.target, semantic.kivi_update.target):
-        return "kernels read codes alone: a window in floating point beside them is put together by PyTorch"
     if node.target == semantic.dequantize_tokens.target:
         wanted = _value(node).dtype
         return "" if wanted in FLOATS else f"no kernel reads codes as {wanted}"

@@ -12,6 +12,7 @@ from graphwright.backends.triton.driver import Binaries
 from graphwright.contract import Contract
 from graphwright.errors import BackendError, TargetError
 from graphwright.kernels.triton.device import Device
+from graphwright.kernels.triton.launch import ALIGNMENT
 from graphwright.target import Target, local_gpu
 
 
@@ -57,6 +58,16 @@ class TritonExecutable:
             TargetError: the GPU at hand is not the target.
             BackendError: state on the CPU, or not contiguous.
         """
+        place = tensors[self._contract.names[0]].device
+        return tuple(output.to(place) for output in self.resident(tensors))
+
+    def resident(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Runs it once, and leaves the outputs on the GPU.
+
+        Raises:
+            TargetError: the GPU at hand is not the target.
+            BackendError: state on the CPU, or not contiguous.
+        """
         require_gpu(self._target)
         binaries = self._start()
         for spec in self._contract.state:
@@ -65,11 +76,26 @@ class TritonExecutable:
                 raise BackendError(f"State {spec.name} lies on {state.device}", fix="Allocate it on the GPU")
             if not state.is_contiguous():
                 raise BackendError(f"State {spec.name} is not contiguous, so it cannot be written in place")
-        place = tensors[self._contract.names[0]].device
         moved = (tensors[name].to(self.device, non_blocking=True) for name in self._contract.names)
         with torch.no_grad(), ops.using(binaries):
             outputs: tuple[Tensor, ...] = self._module(*moved)
-        return tuple(output.to(place) for output in outputs)
+        return outputs
+
+    def sample(
+        self, logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+    ) -> Tensor:
+        """`graphwright.ops.sample_tokens` where the logits lie; tokens int64 [B] on the CPU.
+
+        Raises:
+            ArtifactError: the program was compiled without caches, so nothing to choose tokens with came with it.
+        """
+        rows, place = logits.contiguous(), uniform.to(logits.device, non_blocking=True)
+        if rows.data_ptr() % ALIGNMENT:
+            # The last token's among those of a whole prompt.
+            rows = rows.clone()
+        with torch.no_grad(), ops.using(self._start()):
+            tokens: Tensor = ops.sample_tokens.target(rows, place, temperature, top_k, top_p, min_p)
+        return tokens.cpu()
 
     def _start(self) -> Binaries:
         if self._binaries is None:

@@ -10,7 +10,7 @@ from torch import fx
 from graphwright import ops as semantic
 from graphwright import packing
 from graphwright.backend import Support
-from graphwright.backends.triton import caches, ops
+from graphwright.backends.triton import caches, kivi, ops
 from graphwright.backends.triton.experts import experts_as_products
 from graphwright.kernels.triton import integer_gemm, norm, quantize, quantized_gemm, sparse_gemm
 from graphwright.kernels.triton.device import Device
@@ -41,10 +41,9 @@ CACHES = tuple(
     op.target
     for op in (
         semantic.quantize_tokens, semantic.dequantize_tokens, semantic.paged_update, semantic.paged_read,
-        semantic.kivi_update, semantic.kivi_read,
     )
 )  # fmt: skip
-"""Ops of cache layouts, which `caches` serves or refuses."""
+"""Ops of cache layouts, which `caches` serves or refuses; `kivi` does those of its own."""
 
 ANY_DTYPE = (semantic.kv_cache_update.target, semantic.quantized_embedding.target)
 """Ops whose first argument may be of a dtype that is not computed in."""
@@ -85,8 +84,8 @@ def support(node: fx.Node, device: Device | None = None) -> Support:
     if node.target in KERNELS:
         reason = _refusal(node)
         return Support(not reason, reason)
-    if node.target in CACHES:
-        reason = caches.refusal(node)
+    if node.target in CACHES or node.target in kivi.OPS:
+        reason = kivi.refusal(node) if node.target in kivi.OPS else caches.refusal(node)
         return Support(not reason, reason)
     if node.target is operator.getitem or any(_summed_in_norm(node, user) for user in node.users):
         return Support(True)
@@ -304,7 +303,7 @@ def _each_by_itself(program: Program, editor: Editor) -> None:
 
 
 STEPS = (
-    experts_as_products, _norm_after_sum, caches.read_in_place, caches.merge_writes,
+    experts_as_products, _norm_after_sum, kivi.in_place, caches.read_in_place, caches.merge_writes,
     _rope_into_cache, _each_by_itself,
 )  # fmt: skip
 """In order, after products of codes: what is fused goes first."""

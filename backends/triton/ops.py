@@ -27,6 +27,7 @@ from graphwright.kernels.triton import (
     quantize,
     quantized_gemm,
     rope,
+    sampling,
     sparse_gemm,
 )
 from graphwright.kernels.triton.device import Device
@@ -331,6 +332,17 @@ def quantized_embedding(
         indices, weight, scale, zero_point, format, group_size, embedding_dim, dtype
     )
     return looked_up.contiguous()
+
+
+@define(sampling.sample_tokens)
+def sample_tokens(
+    logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float, min_p: float
+) -> Tensor:  # fmt: skip
+    """See `graphwright.ops.sample_tokens`; no graph has it, the executable calls it on logits that stay on the GPU."""
+    if isinstance(logits, torch._subclasses.FakeTensor):
+        return logits.new_empty(logits.shape[0], dtype=torch.int64)
+    tokens: Tensor = ops.sample_tokens.reference(logits, uniform, temperature, top_k, top_p, min_p)
+    return tokens
 
 
 def _own(result: Tensor, source: Tensor) -> Tensor:

@@ -16,15 +16,16 @@ from torch import Tensor, fx
 from graphwright.backends.triton.ops import OPS
 from graphwright.contract import Contract
 from graphwright.errors import BackendError
+from graphwright.kernels.triton import sampling
 from graphwright.kernels.triton.device import Device
-from graphwright.kernels.triton.launch import Launch, Recorder
+from graphwright.kernels.triton.launch import Launch, Recorder, meta
 from graphwright.program import Program
 from graphwright.rewrite import describe
 from graphwright.text import symbol_names
 
 LENGTHS = (1, 2, 4, 16, 17, 64, 65, 256, 520, 2048, 8192, 32768)
 BATCHES = (1, 2, 8, 17, 65)
-SIZES = {"batch": BATCHES, "capacity": (2,), "blocks": (2,), "table": (64,)}
+SIZES = {"batch": BATCHES, "capacity": (2,), "key_groups": (2,), "blocks": (2,), "table": (64,)}
 """Sizes tried per dimension; every other dimension takes a length. No kernel depends on the room that a cache has."""
 
 
@@ -56,6 +57,23 @@ def launches(program: Program, device: Device) -> list[Launch]:
                 if key not in found or _blocks(launch) > _blocks(found[key]):
                     found[key] = launch
     return list(found.values())
+
+
+def sampling_launches(program: Program, device: Device) -> list[Launch]:
+    """Launches that choose tokens from the logits of a program with caches; none for other programs.
+
+    A repetition penalty makes logits float32, so there are kernels for that as well.
+    """
+    (output,) = program.graph.find_nodes(op="output")
+    if not program.contract.state or program.contract.outputs[:1] != ("logits",):
+        return []
+    logits = output.args[0][0].meta["val"]
+    recorder = Recorder(device)
+    for dtype in dict.fromkeys((logits.dtype, torch.float32)):
+        for temperature in (0.0, 1.0):
+            shape = meta(dtype, max(BATCHES), int(logits.shape[-1]))
+            sampling.sample_tokens(recorder, shape, meta(torch.float64, max(BATCHES)), temperature, 1, 0.5, 0.0)
+    return recorder.launches
 
 
 def _record(node: fx.Node, arguments: Any, device: Device) -> list[Launch]:

@@ -20,11 +20,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from graphwright.backend import SamplingExecutable
 from graphwright.contract import Contract
 from graphwright.engine.continuation import Row
 from graphwright.engine.paging import BlockPool, OutOfBlocks, Pages
 from graphwright.engine.prompts import check_request
+from graphwright.engine.sampling import Sampler, Sampling, choose
 from graphwright.errors import GenerationError
+from graphwright.ops import sample_tokens
 from graphwright.program import Metadata
 
 Run = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
@@ -96,6 +99,10 @@ class Scheduler:
         self.pool = BlockPool(blocks - 1, table.high, share=share)
         self.statistics = Statistics()
         self._run, self._contract, self._metadata = run, contract, metadata
+        self._sample: Sampler = sample_tokens.reference
+        if isinstance(run, SamplingExecutable):
+            # Logits stay where they are made, and only tokens travel.
+            self._run, self._sample = run.resident, run.sample
         self._names = {spec.role: spec.name for spec in contract.inputs}
         self._state = contract.allocate({"blocks": blocks}, getattr(run, "device", "cpu"))
         self._swaps, self._max_batch, self._debug = preempt == "swap", max_batch, debug
@@ -181,7 +188,7 @@ class Scheduler:
         logits = self._forward([request], [tokens[begin:]], [begin])
         pages.length = len(tokens)
         self.pool.seal(pages, tokens)
-        self._take(request, int(logits[0].argmax()))
+        self._take(request, self._most_likely(logits)[0])
         return True
 
     def _make_room(self, request: _Request) -> None:
@@ -211,10 +218,14 @@ class Scheduler:
             request.pages.length += 1
         self.statistics.steps += 1
         self.statistics.waste.append(self.pool.waste(request.pages for request in requests))
-        for request, token in zip(list(requests), logits.argmax(-1).tolist(), strict=True):
+        for request, token in zip(list(requests), self._most_likely(logits), strict=True):
             if request.pages.length % self.pool.block_size == 0:
                 self.pool.seal(request.pages, request.tokens)
             self._take(request, token)
+
+    def _most_likely(self, logits: Tensor) -> list[int]:
+        tokens: list[int] = choose(logits, Sampling(), torch.Generator(), None, self._sample).tolist()
+        return tokens
 
     def _take(self, request: _Request, token: int) -> None:
         self.statistics.tokens += 1

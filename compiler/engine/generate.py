@@ -17,16 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphwright.backend import SamplingExecutable
 from graphwright.contract import Contract
 from graphwright.engine.continuation import Row
 from graphwright.engine.medusa import MedusaHeads
 from graphwright.engine.prompts import check_request, read_prompts
-from graphwright.engine.sampling import Sampling, choose, distribution, draw, seen_tokens
+from graphwright.engine.sampling import Sampler, Sampling, choose, distribution, draw, seen_tokens
 from graphwright.engine.speculative import Drafter, ModelDrafter, PromptLookup, accept
 from graphwright.engine.tokenizer import Tokenizer
 from graphwright.engine.tree import Tree, best_path, likely_tree
 from graphwright.errors import GenerationError, nearest
 from graphwright.feeding import block_tables, pool_sizes
+from graphwright.ops import sample_tokens
 from graphwright.program import Metadata
 
 Run = Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
@@ -138,8 +140,12 @@ class Generator:
         outcomes = [Row(options.max_new_tokens, eos, self.tokenizer, stop if incremental else None) for _ in rows]
         # A tree has more guesses than can hold, and each lies in a slot of its own.
         spare = options.draft_tokens if isinstance(options.draft, MedusaHeads) else 0
-        parts = _Steps(self.run, self.contract, rows, options.max_new_tokens, spare), rows, outcomes
+        steps = _Steps(self.run, self.contract, rows, options.max_new_tokens, spare)
+        parts = steps, rows, outcomes
         if options.draft is None:
+            if isinstance(self.run, SamplingExecutable):
+                # Only the tokens travel. Guesses are checked against whole distributions, which must.
+                steps.stay(self.run)
             return _Decoding(*parts, options)
         if isinstance(options.draft, MedusaHeads):
             self._check_heads(rows, options)
@@ -281,6 +287,8 @@ class _Steps:
 
     def __init__(self, run: Run, contract: Contract, prompts: list[list[int]], new_tokens: int, spare: int = 0) -> None:
         self._run = run
+        self.sample: Sampler = sample_tokens.reference
+        """Chooses tokens from the logits of a step, where they lie."""
         names = {spec.role: spec.name for spec in contract.inputs}
         self._token, self._position = names["token"], names["position"]
         self._keys, self._index = names.get("key_position"), names.get("logit_index")
@@ -305,6 +313,10 @@ class _Steps:
         self._steps = torch.arange(needed)
         self._live = max(self._lengths)
         self._advance = torch.ones(len(prompts), 1, dtype=torch.int64)
+
+    def stay(self, run: SamplingExecutable) -> None:
+        """Leaves logits where they are made; `sample` chooses there."""
+        self._run, self.sample = run.resident, run.sample
 
     @torch.no_grad()
     def prefill(self, prompts: list[list[int]]) -> Tensor:
@@ -422,16 +434,18 @@ class _Decoding:
         generator = self._sampling.generator()
         started = time.perf_counter()
         logits = self._steps.prefill(self._prompts)
-        seen = seen_tokens(self._prompts, logits) if self._sampling.repetition_penalty != 1.0 else None
-        tokens = choose(logits, self._sampling, generator, seen)
+        seen = None
+        if self._sampling.repetition_penalty != 1.0:
+            seen = seen_tokens(self._prompts, logits).to(logits.device)
+        tokens = choose(logits, self._sampling, generator, seen, self._steps.sample)
         self.timing.prefill_seconds = time.perf_counter() - started
         active = self._take(tokens, list(range(len(self.rows))))
         yield
         while active:
             started = time.perf_counter()
             if seen is not None:
-                seen.scatter_(1, tokens[:, None], True)
-            tokens = choose(self._steps.step(tokens), self._sampling, generator, seen)
+                seen.scatter_(1, tokens[:, None].to(seen.device), True)
+            tokens = choose(self._steps.step(tokens), self._sampling, generator, seen, self._steps.sample)
             active = self._take(tokens, active)
             self.timing.decode_seconds += time.perf_counter() - started
             decoded = self.timing.new_tokens - len(self.rows)

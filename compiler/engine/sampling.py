@@ -4,20 +4,22 @@
     sampling.check()
     tokens = choose(logits, sampling, sampling.generator())
 
-The filters keep the same tokens as the logits warpers of `transformers`, applied in the same order: repetition penalty,
-temperature, top-k, top-p, min-p. They are pure functions; nothing here knows of a model.
+After the repetition penalty comes `graphwright.ops.sample_tokens`: temperature and filters, which keep the same tokens
+as the logits warpers of `transformers`, and the draw. They are pure functions; nothing here knows of a model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from graphwright.errors import GenerationError
+from graphwright.ops import sample_tokens
+from graphwright.ops.sample_tokens import filtered, inverted
 
-REMOVED = float("-inf")
-TOP_P_CANDIDATES = (256, 2048)
+Sampler = Callable[[Tensor, Tensor, float, int, float, float], Tensor]
+"""Does what `graphwright.ops.sample_tokens` does, there or on another device."""
 
 
 @dataclass(frozen=True)
@@ -62,28 +64,31 @@ class Sampling:
         return torch.Generator().manual_seed(self.seed)
 
 
-def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator, seen: Tensor | None = None) -> Tensor:
+def choose(
+    logits: Tensor,
+    sampling: Sampling,
+    generator: torch.Generator,
+    seen: Tensor | None = None,
+    sample: Sampler = sample_tokens.reference,
+) -> Tensor:
     """The next token of every row, int64 [B].
 
     Args:
         logits: [B, V], any floating dtype; not changed.
         sampling: how to choose.
         generator: advanced by one draw of B numbers unless greedy.
-        seen: bool [B, V], the tokens that the repetition penalty applies to.
+        seen: bool [B, V], the tokens that the repetition penalty applies to, where the logits lie.
+        sample: chooses from logits and numbers in [0, 1).
 
     Raises:
         GenerationError: the logits are NaN.
     """
     if sampling.repetition_penalty != 1.0 and seen is not None:
         logits = penalize(logits.float(), seen, sampling.repetition_penalty)
-    if sampling.temperature > 0:
-        probabilities = warp(logits.float(), sampling).softmax(-1)
-        # NaN anywhere in a row makes its whole softmax NaN, so one column tells.
-        _refuse_nan(probabilities[:, 0])
-        return draw(probabilities, generator)
-    # max and not argmax: its value shows NaN, and it is the faster of the two.
-    values, tokens = logits.max(-1)
-    _refuse_nan(values)
+    greedy = sampling.temperature == 0
+    uniform = torch.zeros(len(logits), dtype=torch.float64) if greedy else _uniform(len(logits), generator)
+    tokens = sample(logits, uniform, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    _refuse_nan(min(tokens.tolist()) < 0)
     return tokens
 
 
@@ -96,7 +101,7 @@ def distribution(logits: Tensor, sampling: Sampling, text: Sequence[int]) -> Ten
     logits = logits.float()
     if sampling.repetition_penalty != 1.0:
         logits = penalize(logits, seen_tokens([text], logits), sampling.repetition_penalty)
-    _refuse_nan(logits.amax(-1))
+    _refuse_nan(bool(logits.amax(-1).isnan().any()))
     if sampling.temperature > 0:
         return warp(logits, sampling).softmax(-1)
     return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
@@ -113,46 +118,7 @@ def seen_tokens(texts: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
 
 def warp(logits: Tensor, sampling: Sampling) -> Tensor:
     """Temperature and filters on float32 logits [B, V]; removed tokens become -inf."""
-    logits = logits / sampling.temperature
-    if sampling.top_k > 0:
-        logits = keep_top_k(logits, sampling.top_k)
-    if sampling.top_p < 1:
-        logits = keep_top_p(logits, sampling.top_p)
-    if sampling.min_p > 0:
-        logits = keep_min_p(logits, sampling.min_p)
-    return logits
-
-
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Removes every token less likely than the k-th; ties with it stay."""
-    k = min(k, logits.shape[-1])
-    return logits.masked_fill(logits < logits.topk(k).values[..., -1:], REMOVED)
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keeps the fewest most likely tokens whose probabilities reach `p`, and always the most likely one.
-
-    A token stays if those before it do not reach `p` yet. That asks for sorted logits, and sorting a vocabulary takes
-    milliseconds: the head of the distribution is sorted alone when it holds `p` already.
-    """
-    probabilities = logits.softmax(-1)
-    size = logits.shape[-1]
-    for count in (*(n for n in TOP_P_CANDIDATES if n < size), size):
-        # topk of everything is far slower than sort.
-        likely, index = probabilities.topk(count) if count < size else probabilities.sort(descending=True)
-        before = likely.cumsum(-1) - likely
-        if bool((before[:, -1] >= p).all()):
-            break
-    keep = before < p
-    keep[:, 0] = True
-    kept = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, index, keep)
-    return logits.masked_fill(~kept, REMOVED)
-
-
-def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
-    """Removes every token that is less likely than `min_p` times the most likely one."""
-    probabilities = logits.softmax(-1)
-    return logits.masked_fill(probabilities < min_p * probabilities.amax(-1, keepdim=True), REMOVED)
+    return filtered(logits / sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -161,21 +127,16 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """One token of every row by its probability, int64 [B].
-
-    By inverting the cumulative distribution: `torch.multinomial` makes a random number per token of the vocabulary,
-    which takes a millisecond of every step. Tokens of probability 0 are never drawn.
-    """
-    reached = probabilities.cumsum(-1, dtype=torch.float64)
-    total = reached[:, -1:]
-    uniform = torch.rand(total.shape, generator=generator, dtype=torch.float64)
-    # Rounding may carry uniform * total up to total, which lies behind the last token.
-    threshold = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(reached, threshold, right=True).squeeze(-1)
+    """One token of every row by its probability, int64 [B]; see `graphwright.ops.sample_tokens.inverted`."""
+    return inverted(probabilities, _uniform(len(probabilities), generator)[:, None])
 
 
-def _refuse_nan(values: Tensor) -> None:
-    if values.isnan().any():
+def _uniform(count: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+def _refuse_nan(found: bool) -> None:
+    if found:
         raise GenerationError(
             "The program's logits are NaN",
             fix="Its weights or a rewrite overflow: try another recipe, or `graphwright bisect` to find the pass",

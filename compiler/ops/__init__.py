@@ -26,6 +26,7 @@ from graphwright.ops.quantized_experts import quantized_experts
 from graphwright.ops.quantized_linear import quantized_linear
 from graphwright.ops.rms_norm import rms_norm
 from graphwright.ops.rope import rope
+from graphwright.ops.sample_tokens import sample_tokens
 from graphwright.ops.sparse_linear import sparse_linear
 from graphwright.ops.spqr_linear import spqr_linear
 from graphwright.ops.streaming_cache import streaming_attention, streaming_slots
@@ -57,6 +58,7 @@ __all__ = [
     "quantized_linear",
     "rms_norm",
     "rope",
+    "sample_tokens",
     "sparse_linear",
     "spqr_linear",
     "streaming_attention",

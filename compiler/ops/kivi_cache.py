@@ -49,7 +49,7 @@ def kivi_read(
         [B, Hkv, T, D] in the dtype of `new`; what no token lies in holds anything.
     """
     width, window = new.shape[3], residual.shape[2] - 1
-    before, _, first = _span(positions)
+    before, _, first = token_spans(positions)
     slots = torch.arange(keys, device=new.device)[None]
     levels = packing.unpack(codes[:, :, :keys], f"int{bits}", width).float()
     if per_channel:
@@ -78,7 +78,7 @@ def kivi_update(
 ) -> None:
     """Puts new tokens in the residual, and rounds those that leave it; see `kivi_read`. Last slots are scratch."""
     window = residual.shape[2] - 1
-    before, after, first = _span(positions)
+    before, after, first = token_spans(positions)
     start, end = (_boundary(n, window, per_channel) for n in (before, after))
     if per_channel:
         # Whole groups, as many as may be full after this call.
@@ -107,7 +107,7 @@ def kivi_update(
     _put(residual, new.transpose(1, 2), torch.where(kept, positions % window, window))
 
 
-def _span(positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def token_spans(positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens before and after this call, and the first column that is a token; each [B, 1]."""
     real = positions >= 0
     after = positions.amax(1, keepdim=True) + 1

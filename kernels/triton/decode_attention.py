@@ -1,12 +1,12 @@
 """Attention of few queries over a long cache: the keys are split among blocks, and their results joined.
 
 Flash-Decoding: Dao et al. 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html; paged caches: Kwon et al.
-2023, arXiv:2309.06180; keys quantized per channel and values per token: Liu et al. 2024, KIVI, arXiv:2402.02750. The
-heads that share keys form the rows of one matrix product, so every key and value is read once.
+2023, arXiv:2309.06180. The heads that share keys form the rows of one matrix product, so every key and value is read
+once. Caches of keys per channel, behind a window in floating point, have a kernel of their own (`kivi_attention`).
 
 Caches may hold, in place of floating point, symmetric int8 or fp8 codes with a scale per token, or 4-bit codes with
-scale and zero point per token, or for keys per channel of a group of tokens (`key_group` > 0). 4-bit codes lie two to
-a byte: the first half of the channels in the low nibbles. Codes with a scale per token may lie in blocks, too.
+scale and zero point per token. 4-bit codes lie two to a byte: the first half of the channels in the low nibbles. All of
+them may lie in blocks.
 """
 
 from collections.abc import Callable, Mapping
@@ -51,14 +51,14 @@ def split_attention(
     out_ptr, largest_ptr, total_ptr,
     query_positions_ptr, key_positions_ptr, table_ptr, lengths_ptr, bias_ptr, slopes_ptr, sinks_ptr,
     kv_heads, length, keys, span, q_b, q_h, q_s, k_b, k_h, k_t, v_b, v_h, v_t,
-    scale_b, scale_h, scale_t, zero_b, zero_h, value_scale_b, value_scale_h, value_scale_t,
+    scale_b, scale_h, scale_t, value_scale_b, value_scale_h, value_scale_t,
     bias_b, bias_h, bias_s, bias_t, query_positions_b, key_positions_b, pages,
     scale, softcap, window, chunk, prefix,
     ANCHORS: tl.constexpr, WINDOW_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     GROUPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CHUNKED: tl.constexpr,
     PREFIXED: tl.constexpr, CAPPED: tl.constexpr, PAGE: tl.constexpr,
-    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_GROUP: tl.constexpr, FINISH: tl.constexpr,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, FINISH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """All queries of one key-value head over one span of keys; row r is query r % length of head r // length."""
@@ -105,19 +105,14 @@ def split_attention(
             key = tl.load(key_ptr + key_base[None, :] + channel[:, None], mask=key_mask, other=0.0)
         else:
             key = load_codes(key_ptr, key_base[None, :], channel[:, None], key_mask, KEY_BITS, HEAD_DIM)
-            if KEY_GROUP > 0:
-                step_at = (item // KEY_GROUP)[None, :] * HEAD_DIM + channel[:, None]
-                zero = tl.load(key_zero_ptr + batch * zero_b + kv_head * zero_h + step_at, mask=key_mask, other=0.0)
-                step = tl.load(key_scale_ptr + batch * scale_b + kv_head * scale_h + step_at, mask=key_mask, other=0.0)
-                key = (key - zero.to(tl.float32)) * step.to(tl.float32)
-            elif key_zero_ptr is not None:
-                zero_at = key_zero_ptr + owner * zero_b + kv_head * zero_h + within * scale_t
+            if key_zero_ptr is not None:
+                zero_at = key_zero_ptr + owner * scale_b + kv_head * scale_h + within * scale_t
                 key -= tl.load(zero_at, mask=inside, other=0.0).to(tl.float32)[None, :]
             elif KEY_BITS == 4:
                 key -= 8.0
             key = key.to(query.dtype)
         scores = tl.dot(query, key, input_precision="ieee")
-        if key_scale_ptr is not None and KEY_GROUP == 0:
+        if key_scale_ptr is not None:
             scale_at = key_scale_ptr + owner * scale_b + kv_head * scale_h + within * scale_t
             scores *= tl.load(scale_at, mask=inside, other=0.0).to(tl.float32)[None, :]
         if key_positions_ptr is not None:
@@ -197,17 +192,15 @@ class Codes:
 
     Attributes:
         codes: int8 or fp8 [B, Hkv, T, D], bits of e4m3 as uint8 [B, Hkv, T, D], or uint8 [B, Hkv, T, D / 2] for 4 bits.
-        scale: float [B, Hkv, T], or [B, Hkv, T / group, D] per channel.
+        scale: float [B, Hkv, T].
         zero_point: like `scale`, or None for symmetric codes; of 4 bits, 8 is zero then.
         bits: 8 or 4.
-        group: tokens that share a scale per channel; 0 for one scale per token.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None = None
     bits: int = 8
-    group: int = 0
 
     @property
     def dim(self) -> int:
@@ -222,13 +215,7 @@ class Codes:
         elif codes.dtype == torch.uint8:
             codes = codes.view(torch.float8_e4m3fn)
         wide = codes.float()
-        if self.group:
-            scale, zero = (
-                None if x is None else x.float().repeat_interleave(self.group, 2)[:, :, : wide.shape[2]]
-                for x in (self.scale, self.zero_point)
-            )
-        else:
-            scale, zero = (None if x is None else x.float()[..., None] for x in (self.scale, self.zero_point))
+        scale, zero = (None if x is None else x.float()[..., None] for x in (self.scale, self.zero_point))
         symmetric = 8.0 if self.bits == 4 else 0.0
         return (wide - (symmetric if zero is None else zero)) * scale
 
@@ -285,8 +272,6 @@ def attention(
         check_heads(query, key, value)
     if keys_held.dtype == torch.float8_e4m3fn and not run.device.fp8:
         raise BackendError(f"{run.device.name} does not convert e4m3", fix="Store the cache as int8 or e5m2")
-    if pages is not None and isinstance(key, Codes) and key.group:
-        raise BackendError("No kernel reads pages of keys that are quantized per channel")
     batch, heads, length, _ = query.shape
     kv_heads = keys_held.shape[1]
     rows = heads // kv_heads * length
@@ -334,7 +319,7 @@ def attention(
                 "CAPPED": softcap > 0, "PAGE": page, "ANCHORS": anchors, "WINDOW_BLOCK": block,
                 "KEY_BITS": key.bits if isinstance(key, Codes) else 0,
                 "VALUE_BITS": value.bits if isinstance(value, Codes) else 0,
-                "KEY_GROUP": key.group if isinstance(key, Codes) else 0, "FINISH": finish,
+                "FINISH": finish,
             },
             configs(run.device, tile, max(dim, value_dim), query.dtype),
             lambda c: (batch * kv_heads, splits),
@@ -345,11 +330,11 @@ def attention(
         )
     )  # fmt: skip
     if not finish:
-        _join(run, parts, largest, total, sinks, out, splits)
+        join_parts(run, parts, largest, total, sinks, out, splits)
     return out
 
 
-def _join(
+def join_parts(
     run: Runner,
     parts: Tensor,
     largest: Tensor | None,
@@ -358,6 +343,7 @@ def _join(
     out: Tensor,
     splits: int,
 ) -> None:
+    """Joins float32 parts [splits, B * H * S, Dv] by the largest score and the total that each has, into `out`."""
     batch, heads, length, value_dim = out.shape
     rows = batch * heads * length
     run(
@@ -409,8 +395,8 @@ def _work(query: Tensor, span: int, dims: int, key: Tensor, value: Tensor, confi
 def _codes(name: str, cache: Tensor | Codes) -> dict[str, Any]:
     scale = cache.scale if isinstance(cache, Codes) else None
     zero = cache.zero_point if isinstance(cache, Codes) else None
-    # The kernel walks scales of both kinds by one set of strides, and groups of channels without any.
-    walked = scale is None or (scale.dim() == 3 and (zero is None or zero.stride() == scale.stride()))
+    # The kernel walks both by one set of strides.
+    walked = scale is None or zero is None or zero.stride() == scale.stride()
     if scale is not None and not walked:
         scale, zero = scale.contiguous(), contiguous(zero)
     steps = (0, 0, 0) if scale is None else scale.stride()
@@ -421,7 +407,6 @@ def _codes(name: str, cache: Tensor | Codes) -> dict[str, Any]:
         }  # fmt: skip
     return {
         "key_scale_ptr": scale, "key_zero_ptr": zero, "scale_b": steps[0], "scale_h": steps[1], "scale_t": steps[2],
-        "zero_b": steps[0], "zero_h": steps[1],
     }  # fmt: skip
 
 
@@ -440,11 +425,10 @@ def _shape(
     return attention(run, query, key, value, query_at, key_at, None, None, None, 0.1, True, pages=pages)
 
 
-def _coded(keys: int, bits: int, group: int = 0, zero: bool = False, storage: torch.dtype | None = None) -> Codes:
-    shape = (1, 8, keys // group, 128) if group else (1, 8, keys)
+def _coded(keys: int, bits: int, zero: bool = False, storage: torch.dtype | None = None) -> Codes:
     codes = meta(storage or (torch.int8 if bits == 8 else torch.uint8), 1, 8, keys, 128 * bits // 8)
-    scale = meta(torch.float16, *shape)
-    return Codes(codes, scale, scale if zero else None, bits, group)
+    scale = meta(torch.float16, 1, 8, keys)
+    return Codes(codes, scale, scale if zero else None, bits)
 
 
 SHAPES: Mapping[str, Callable[[Runner, torch.dtype], Any]] = {
@@ -459,10 +443,8 @@ SHAPES: Mapping[str, Callable[[Runner, torch.dtype], Any]] = {
     "fp8 cache": lambda run, dtype: (
         _shape(run, dtype, 4096, cache=(_coded(4096, 8, storage=torch.float8_e4m3fn),) * 2) if run.device.fp8 else None
     ),
+    "bits of fp8": lambda run, dtype: _shape(run, dtype, 4096, cache=(_coded(4096, 8, storage=torch.uint8),) * 2),
     "int4 cache": lambda run, dtype: _shape(
         run, dtype, 4096, cache=(_coded(4096, 4, zero=True), _coded(4096, 4, zero=True))
-    ),
-    "KIVI cache": lambda run, dtype: _shape(
-        run, dtype, 4096, cache=(_coded(4096, 4, 32, zero=True), _coded(4096, 4, zero=True))
     ),
 }  # fmt: skip

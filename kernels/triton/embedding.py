@@ -11,12 +11,12 @@ from torch import Tensor
 from graphwright import packing
 from graphwright.errors import BackendError
 from graphwright.kernels.triton.launch import Config, Launch, Runner, Work, cdiv, check_device, meta
-from graphwright.kernels.triton.quantized_gemm import PARTS, decode, load_high
+from graphwright.kernels.triton.quantized_gemm import PARTS, decode, load_high, table_of
 
 
 @triton.jit
 def look_up(
-    index_ptr, weight_ptr, scale_ptr, zero_ptr, out_ptr, width, groups,
+    index_ptr, weight_ptr, scale_ptr, zero_ptr, table_ptr, out_ptr, width, groups,
     PARTS: tl.constexpr, HIGH: tl.constexpr, GROUP_SIZE: tl.constexpr, SYMMETRIC_ZERO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -37,7 +37,7 @@ def look_up(
     zero = SYMMETRIC_ZERO
     if zero_ptr is not None:
         zero = tl.load(zero_ptr + row * groups + group, mask=inside, other=0.0).to(tl.float32)
-    result = decode(byte, high, within // run, None, scale, -zero * scale, PARTS)
+    result = decode(byte, high, within // run, table_ptr, scale, -zero * scale, PARTS)
     tl.store(out_ptr + token * width + column, result.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -66,7 +66,8 @@ def quantized_embedding(
         Launch(
             look_up,
             {"index_ptr": indices.contiguous(), "weight_ptr": weight, "scale_ptr": scale, "zero_ptr": zero_point,
-             "out_ptr": out, "width": embedding_dim, "groups": scale.shape[1]},
+             "table_ptr": table_of(format, weight.device), "out_ptr": out, "width": embedding_dim,
+             "groups": scale.shape[1]},
             {"PARTS": PARTS[format], "HIGH": format == "int3", "GROUP_SIZE": group_size,
              "SYMMETRIC_ZERO": float(packing.FORMATS[format].zero)},
             (Config.of(4, BLOCK=1024), Config.of(4, BLOCK=512), Config.of(2, BLOCK=256)),

@@ -8,6 +8,7 @@ table, for table[code] * scale: NormalFloat (Dettmers et al. 2023, arXiv:2305.14
 Microscaling Formats 1.0).
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,9 +35,9 @@ from graphwright.kernels.triton.launch import (
     rows_of,
 )
 
-PARTS = {"int8": 1, "int4": 2, "int3": 4, "int2": 4}
+PARTS = {"int8": 1, "int4": 2, "int3": 4, "int2": 4, "nf4": 2, "mxfp4": 2}
 """Codes in a byte by weight format; of int3 their low two bits, and a byte of the plane behind them holds the high bits
-of twice as many."""
+of twice as many. Codes of the last two stand for the entries of a table."""
 
 MOST_SPLITS = 16
 MOST_SPLIT_ROWS = 64
@@ -261,8 +262,17 @@ def quantized_linear(
     """
     if format not in PARTS:
         raise BackendError(f"No kernel multiplies {format} weights", fix=f"There are kernels for {', '.join(PARTS)}")
-    zero, high = float(packing.FORMATS[format].zero), format == "int3"
-    return linear(run, x, weight, scale, zero_point, bias, PARTS[format], group_size, symmetric_zero=zero, high=high)
+    zero, high, table = float(packing.FORMATS[format].zero), format == "int3", table_of(format, x.device)
+    return linear(
+        run, x, weight, scale, zero_point, bias, PARTS[format], group_size, symmetric_zero=zero, table=table, high=high
+    )
+
+
+@functools.lru_cache
+def table_of(format: str, device: torch.device) -> Tensor | None:
+    """Float32 values of a format's codes on a device, copied there once; None where codes are numbers themselves."""
+    values = packing.FORMATS[format].table
+    return torch.tensor(values, dtype=torch.float32, device=device) if values else None
 
 
 def linear(
@@ -500,24 +510,6 @@ def _step(dtype: torch.dtype, constants: Mapping[str, Any]) -> _Step:
     return _Step(dtype, constants["BLOCK_K"], constants["PARTS"], constants["HIGH"])
 
 
-def table_reference(x: Tensor, weight: Tensor, scale: Tensor, table: Tensor, group_size: int) -> Tensor:
-    """`x` times 4-bit codes that index `table`, the layout of int4."""
-    codes = packing.unpack(weight, "int4", group_size).long()
-    dense = (table[codes].unflatten(-1, (-1, group_size)) * scale.float()[..., None]).flatten(-2)
-    return torch.nn.functional.linear(x, dense[:, : x.shape[-1]].to(x.dtype))
-
-
-NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-"""Values of the NormalFloat codes."""
-
-FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""Values of the e2m1 codes of the microscaling format; its scales are powers of two, one for 32 codes."""
-
-
 def _shape(run: Runner, dtype: torch.dtype, rows: int, format: str, group_size: int, zero: bool = True) -> Tensor:
     features, outputs = 4096, 4096
     scale = meta(torch.float16, outputs, features // group_size)
@@ -540,12 +532,8 @@ SHAPES: Mapping[str, Callable[[Runner, torch.dtype], Any]] = {
     "int2 group 64, 2048 rows": lambda run, dtype: _shape(run, dtype, 2048, "int2", 64),
     "int8 per row, 1 row": lambda run, dtype: _shape(run, dtype, 1, "int8", 4096, zero=False),
     "int8 per row, 2048 rows": lambda run, dtype: _shape(run, dtype, 2048, "int8", 4096, zero=False),
-    "4-bit table group 64, 1 row": lambda run, dtype: linear(
-        run, meta(dtype, 1, 4096), meta(torch.uint8, 4096, 2048), meta(torch.float16, 4096, 64), None, None, 2, 64,
-        table=meta(torch.float32, 16),
-    ),
-    "4-bit table group 64, 2048 rows": lambda run, dtype: linear(
-        run, meta(dtype, 2048, 4096), meta(torch.uint8, 4096, 2048), meta(torch.float16, 4096, 64), None, None, 2, 64,
-        table=meta(torch.float32, 16),
-    ),
-}  # fmt: skip
+    "nf4 group 64, 1 row": lambda run, dtype: _shape(run, dtype, 1, "nf4", 64, zero=False),
+    "nf4 group 64, 16 rows": lambda run, dtype: _shape(run, dtype, 16, "nf4", 64, zero=False),
+    "nf4 group 64, 2048 rows": lambda run, dtype: _shape(run, dtype, 2048, "nf4", 64, zero=False),
+    "mxfp4 group 32, 2048 rows": lambda run, dtype: _shape(run, dtype, 2048, "mxfp4", 32, zero=False),
+}

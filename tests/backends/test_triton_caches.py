@@ -12,9 +12,10 @@ from graphwright.backends.triton import BACKEND, caches, lowering, plan, store
 from graphwright.capture import capture
 from graphwright.compiled import CompileOptions, rewrite
 from graphwright.feeding import logits_in_chunks, token_inputs
-from graphwright.kernels.triton.decode_attention import MOST_ROWS
+from graphwright.kernels.triton.decode_attention import MOST_ROWS, split_attention
+from graphwright.kernels.triton.device import DEVICES
 from graphwright.numerics import relative_error
-from graphwright.ops import attention, dequantize_tokens, kv_cache_update, quantize_tokens
+from graphwright.ops import attention, dequantize_tokens, kivi_read, kv_cache_update, quantize_tokens
 from graphwright.program import Program
 from graphwright.recipe import Recipe
 from graphwright.target import GPUS, Target
@@ -26,6 +27,7 @@ LAYOUTS = {
     "int4": ({"quantized_cache": {"format": "int4"}},),
     "fp8": ({"quantized_cache": {"format": "fp8_e4m3"}},),
     "int8 paged": ("quantized_cache", PAGED),
+    "kivi": ({"kivi_cache": {"group_size": 8, "residual": 16, "key_bits": 4}},),
 }
 
 
@@ -46,7 +48,7 @@ def logits(program: Program) -> torch.Tensor:
     return logits_in_chunks(program, ids, mask, [11, 55, 56])[mask.bool()]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "kivi"])
 def test_attention_reads_the_cache_where_it_lies(layout):
     program = made(layout)
     lowered = lowering.lower(program)
@@ -59,6 +61,40 @@ def test_attention_reads_the_cache_where_it_lies(layout):
     assert found["rotate"] == layers, "keys are turned as they are written"
     assert not gone & set(left(program))
     assert torch.equal(logits(lowered), logits(program))
+
+
+def test_attention_reads_a_window_in_floating_point_beside_codes():
+    program = made("kivi")
+    lowered = lowering.lower(program)
+    found, layers = counts(lowered), len(list(program.calls(attention.target)))
+    assert found["attend_kivi_cache"] == layers
+    assert found["kivi_cache_update"] == 2 * layers
+    assert found["token_spans"] == 1, "what a token's place follows from is found once for all layers"
+    gone = {"attention", "kivi_read", "kivi_update", "read_kivi_cache"}
+    assert not gone & {*found, *left(program)}
+    assert torch.equal(logits(lowered), logits(program))
+
+
+def test_a_cache_of_kivi_that_something_else_reads_is_read_first():
+    program = made("kivi")
+    read = next(iter(program.calls(kivi_read.target)))
+    with program.graph.inserting_after(read):
+        program.graph.call_function(kv_cache_update.target, (read, *read.args[4:6]))
+    found = counts(lowering.lower(program))
+    assert found["read_kivi_cache"] == 2
+    assert found["attend_kivi_cache"] == found["kivi_cache_update"] // 2 - 1
+
+
+@pytest.mark.parametrize(("target", "read"), [("rocm:gfx942", "*u8"), ("cuda:sm_90", "*fp8e4nv")])
+def test_fp8_caches_are_read_as_bits_where_the_type_is_another(target, read):
+    """The fp8 of gfx942 is e4m3fnuz, whose bits stand for other numbers: kernels there decode e4m3 themselves."""
+    program = made("fp8")
+    assert not {"attention", "quantize_tokens", "dequantize_tokens"} & set(
+        coverage(program, BACKEND, GPUS[target]).reasons
+    )
+    found = plan.launches(lowering.lower(program, DEVICES[target]), DEVICES[target])
+    kinds = {dict(launch.problem().types)["key_ptr"] for launch in found if launch.kernel is split_attention}
+    assert kinds == {read}
 
 
 PAGED_TEXT = """\
@@ -75,7 +111,9 @@ def test_the_text_of_a_layer_in_blocks():
 
 
 # A step for either attention kernel is enough once: the interpreter is slow.
-@pytest.mark.parametrize(("layout", "length"), [("paged", 5), ("int8 paged", 5), ("fp8", 3), ("int4", 34)])
+@pytest.mark.parametrize(
+    ("layout", "length"), [("paged", 5), ("int8 paged", 5), ("fp8", 3), ("int4", 34), ("kivi", 21)]
+)
 def test_the_kernels_compute_what_the_program_does(layout, length):
     program = made(layout)
     lowered = lowering.lower(program)
@@ -104,10 +142,6 @@ def test_rings_of_windows_are_read_in_floating_point():
 
 
 def test_what_kernels_do_not_serve_says_why():
-    program = rewritten("llama", "static_cache", {"kivi_cache": {"group_size": 16, "residual": 32}}, "select_logits")
-    assert "a window in floating point beside them" in left(program)["kivi_read"]
-    assert counts(lowering.lower(program))["kivi_read"] > 0
-
     class Rounding(torch.nn.Module):
         def forward(self, x):
             return dequantize_tokens(*quantize_tokens(x, "int8"), "int8", torch.float64)

@@ -23,9 +23,12 @@ from graphwright.kernels.triton import (
     flash_attention,
     grouped_gemm,
     integer_gemm,
+    kivi,
+    kivi_attention,
     norm,
     quantized_gemm,
     rope,
+    sampling,
     sparse_gemm,
 )
 from graphwright.kernels.triton.device import DEVICES
@@ -47,6 +50,12 @@ CASES = [
     (flash_attention, "head_dim 128 packed", "rocm:gfx942", "v_mfma"),
     (decode_attention, "paged", "cuda:sm_80", "HMMA"),
     (decode_attention, "int8 cache", "rocm:gfx950", "v_mfma"),
+    (decode_attention, "bits of fp8", "rocm:gfx942", "v_mfma"),
+    (kivi, "2-bit keys", "cuda:sm_90", ""),
+    (kivi, "4-bit values", "rocm:gfx942", ""),
+    (kivi_attention, "2 bits, 4096 keys", "cuda:sm_90", "HMMA"),
+    (kivi_attention, "2 bits, 4096 keys", "cuda:sm_100", "HMMA"),
+    (kivi_attention, "2 bits, 4096 keys", "rocm:gfx942", "v_mfma"),
     (quantized_gemm, "int4 group 128, 2048 rows", "cuda:sm_90", "HGMMA"),
     (quantized_gemm, "int4 group 128, 16 rows", "cuda:sm_120", "HMMA"),
     (quantized_gemm, "int3 group 128, 16 rows", "cuda:sm_80", "HMMA"),
@@ -54,12 +63,17 @@ CASES = [
     (quantized_gemm, "int3 group 128, 2048 rows", "cuda:sm_100", "UTCHMMA"),
     (quantized_gemm, "int3 group 128, 2048 rows", "rocm:gfx942", "v_mfma"),
     (quantized_gemm, "int2 group 64, 2048 rows", "cuda:sm_90", "HGMMA"),
+    (quantized_gemm, "nf4 group 64, 2048 rows", "cuda:sm_90", "HGMMA"),
+    (quantized_gemm, "nf4 group 64, 2048 rows", "rocm:gfx942", "v_mfma"),
+    (quantized_gemm, "mxfp4 group 32, 2048 rows", "cuda:sm_100", "UTCHMMA"),
     (integer_gemm, "int8 per row, 2048 rows", "cuda:sm_89", "IMMA"),
     (integer_gemm, "int8 per row, 2048 rows", "rocm:gfx90a", "v_mfma_i32"),
     (integer_gemm, "fp8 per row, 2048 rows", "cuda:sm_90", "QGMMA"),
     (grouped_gemm, "8 experts, 4096 rows", "cuda:sm_90", "HGMMA"),
     (norm, "add_rms_norm 4096", "cuda:sm_80", ""),
     (rope, "cache write", "rocm:gfx942", ""),
+    (sampling, "draw 128256", "cuda:sm_90", ""),
+    (sampling, "draw 128256", "rocm:gfx942", ""),
 ]
 
 
@@ -184,9 +198,10 @@ def test_a_program_for_two_targets(artifact):
     assert store.targets_in(folder / "kernels") == ["cuda:sm_90", "rocm:gfx942"]
     for target, kind in (("cuda:sm_90", "cubin"), ("rocm:gfx942", "hsaco")):
         entries = store.read(folder / "kernels", target)
-        assert {"normalize", "gate", "gemv", "gemm", "flash_attention", "split_attention", "rotate_and_store"} <= {
-            entry.problem.kernel for entry in entries
-        }
+        assert {
+            "normalize", "gate", "gemv", "gemm", "flash_attention", "split_attention", "rotate_and_store",
+            "best_part", "best_of_parts", "draw_row",
+        } <= {entry.problem.kernel for entry in entries}  # fmt: skip
         for entry in entries:
             assert entry.file.suffix == f".{kind}"
             assert entry.resources.spills == 0

@@ -194,15 +194,16 @@ def test_group_sizes_without_a_kernel_are_left_alone():
     assert "groups of 8 have no kernel" in BACKEND.supports(node, GPUS["cuda:sm_90"]).reason
 
 
-@pytest.mark.parametrize("format", ["int3", "int2"])
-def test_codes_of_two_and_three_bits_have_kernels(format):
+@pytest.mark.parametrize("format", ["int3", "int2", "nf4", "mxfp4"])
+def test_codes_of_few_bits_and_of_a_table_have_kernels(format):
     class Linear(nn.Module):
         def __init__(self):
             super().__init__()
             codes = torch.randint(0, 1 << packing.FORMATS[format].bits, (6, 64))
             self.register_buffer("weight", packing.pack(codes, format, 32))
             self.register_buffer("scale", torch.rand(6, 2))
-            self.register_buffer("zero", torch.ones(6, 2, dtype=torch.uint8))
+            zero = torch.ones(6, 2, dtype=torch.uint8) if packing.FORMATS[format].integer else None
+            self.register_buffer("zero", zero)
 
         def forward(self, x):
             return quantized_linear(x, self.weight, self.scale, self.zero, None, format, 32)

@@ -5,6 +5,7 @@ from passes.kv_cache.caching import greedy, prompts, rewritten
 
 from graphwright.engine.batching import Scheduler
 from graphwright.errors import GenerationError, GraphwrightError
+from graphwright.ops import sample_tokens
 
 PAGED = ("static_cache", {"paged_cache": {"block_size": 4}}, "select_logits")
 PAGED_INT8 = ("static_cache", "quantized_cache", {"paged_cache": {"block_size": 4}}, "select_logits")
@@ -34,6 +35,22 @@ def test_requests_that_come_and_go_get_the_tokens_they_get_alone(passes):
     assert batch.pool.free == batch.pool.total
     assert batch.statistics.tokens == sum(COUNTS)
     assert batch.statistics.preempted == 0
+
+
+def test_tokens_are_chosen_where_logits_are_made():
+    program, asked = rewritten("llama", *PAGED), prompts(3, 7)
+
+    class Resident:
+        def resident(self, tensors):
+            return program(**tensors)
+
+        def sample(self, logits, uniform, *options):
+            return sample_tokens.reference(logits, uniform, *options)
+
+    batch = Scheduler(Resident(), program.contract, program.metadata, blocks=9)
+    for prompt in asked:
+        batch.submit(prompt, 4, eos_token_ids=())
+    assert batch.run() == alone(rewritten("llama", "static_cache", "select_logits"), asked, (4, 4))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from graphwright.engine.continuation import _overlap
 from graphwright.engine.generate import Generator
 from graphwright.engine.tokenizer import Tokenizer
 from graphwright.errors import GenerationError
+from graphwright.ops import sample_tokens
 from graphwright.program import Metadata
 
 VOCABULARY, WIDTH, CONTEXT, RING = 61, 8, 40, 1
@@ -129,6 +130,30 @@ def test_uneven_prompts_continue_as_if_alone(chosen: bool) -> None:
     assert [len(call["key_positions"]) for call in model.calls] == list(range(7, 7 + 9))
     assert model.calls[0]["positions"][1].tolist() == [0, *[-1] * 6]
     assert model.calls[1]["positions"][:, 0].tolist() == [7, 1, 3]
+
+
+class Resident:
+    """An executable that keeps logits to itself, and chooses tokens from them."""
+
+    def __init__(self, model: Attention) -> None:
+        self.resident, self.chosen = model.run, 0
+
+    def __call__(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        raise AssertionError("logits are not to travel")
+
+    def sample(self, logits: Tensor, uniform: Tensor, *options: Any) -> Tensor:
+        assert uniform.shape == logits.shape[:1]
+        self.chosen += 1
+        return sample_tokens.reference(logits, uniform, *options)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "top_k": 9, "repetition_penalty": 1.3, "seed": 4}])
+def test_tokens_are_chosen_where_logits_are_made(options: dict[str, Any]) -> None:
+    model, engine = tiny()
+    run = Resident(model)
+    found = Generator(run, model.contract, METADATA).generate(PROMPTS, max_new_tokens=6, **options)
+    assert found.tokens == engine.generate(PROMPTS, max_new_tokens=6, **options).tokens
+    assert run.chosen == 6
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -17,6 +17,7 @@ from transformers import (
 from graphwright.engine import sampling
 from graphwright.engine.sampling import Sampling, choose, draw, warp
 from graphwright.errors import GenerationError
+from graphwright.ops.sample_tokens import keep_min_p, keep_top_k, keep_top_p
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
 
@@ -41,12 +42,12 @@ def cases(draw: st.DrawFn) -> Tensor:
 
 @given(cases(), st.integers(1, 900))
 def test_top_k(scores: Tensor, k: int) -> None:
-    torch.testing.assert_close(sampling.keep_top_k(scores, k), theirs([TopKLogitsWarper(k)], scores), **EXACT)
+    torch.testing.assert_close(keep_top_k(scores, k), theirs([TopKLogitsWarper(k)], scores), **EXACT)
 
 
 @given(cases(), st.floats(0.01, 0.999))
 def test_top_p(scores: Tensor, p: float) -> None:
-    found, expected = sampling.keep_top_p(scores, p), theirs([TopPLogitsWarper(p)], scores)
+    found, expected = keep_top_p(scores, p), theirs([TopPLogitsWarper(p)], scores)
     differs = found.isinf() != expected.isinf()
     # The two sum in opposite orders, so a token whose sum is p itself may fall on either side.
     probabilities = scores.softmax(-1).double()
@@ -62,7 +63,7 @@ def test_top_p(scores: Tensor, p: float) -> None:
 @pytest.mark.parametrize("scale", [0.0, 0.1, 8.0], ids=["flat", "wide", "sharp"])
 def test_top_p_needs_no_whole_sort_and_is_still_exact(size: int, scale: float) -> None:
     scores = logits(2, size, 1, scale)
-    found, expected = sampling.keep_top_p(scores, 0.9), theirs([TopPLogitsWarper(0.9)], scores)
+    found, expected = keep_top_p(scores, 0.9), theirs([TopPLogitsWarper(0.9)], scores)
     assert (found.isinf().sum(-1) - expected.isinf().sum(-1)).abs().max() <= 1  # rounding at the border
     if scale == 8.0:
         torch.testing.assert_close(found, expected, **EXACT)
@@ -70,7 +71,7 @@ def test_top_p_needs_no_whole_sort_and_is_still_exact(size: int, scale: float) -
 
 @given(cases(), st.floats(0, 1))
 def test_min_p(scores: Tensor, p: float) -> None:
-    torch.testing.assert_close(sampling.keep_min_p(scores, p), theirs([MinPLogitsWarper(p)], scores), **EXACT)
+    torch.testing.assert_close(keep_min_p(scores, p), theirs([MinPLogitsWarper(p)], scores), **EXACT)
 
 
 @given(cases(), st.floats(0.1, 3), st.integers(0, 99))
@@ -97,7 +98,7 @@ def test_filters_apply_in_the_order_of_transformers(scores: Tensor, temperature:
 
 def test_ties_at_the_border_of_top_k_stay() -> None:
     scores = torch.tensor([[1.0, 2.0, 2.0, 0.0]])
-    assert sampling.keep_top_k(scores, 1).isfinite().tolist() == [[False, True, True, False]]
+    assert keep_top_k(scores, 1).isfinite().tolist() == [[False, True, True, False]]
 
 
 def test_greedy_takes_the_first_of_the_most_likely() -> None:

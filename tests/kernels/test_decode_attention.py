@@ -85,15 +85,11 @@ def quantized(shape, kind):
     if kind == "fp8":
         return Codes(torch.randn(shape).to(torch.float8_e4m3fn), torch.rand(batch, heads, keys))
     packed = torch.randint(0, 256, (batch, heads, keys, dim // 2), dtype=torch.uint8)
-    grouped = kind == "kivi"
-    steps = (batch, heads, -(-keys // 32), dim) if grouped else (batch, heads, keys)
-    zero = torch.randint(0, 16, steps).float()
-    return Codes(packed, torch.rand(steps) * 0.2, zero, bits=4, group=32 if grouped else 0)
+    steps = (batch, heads, keys)
+    return Codes(packed, torch.rand(steps) * 0.2, torch.randint(0, 16, steps).float(), bits=4)
 
 
-@pytest.mark.parametrize(
-    ("key_kind", "value_kind"), [("int8", "int8"), ("fp8", "fp8"), ("int4", "int4"), ("kivi", "int4")]
-)
+@pytest.mark.parametrize(("key_kind", "value_kind"), [("int8", "int8"), ("fp8", "fp8"), ("int4", "int4")])
 @pytest.mark.parametrize("keys", [9, 333])
 def test_quantized_caches(key_kind, value_kind, keys):
     torch.manual_seed(0)
@@ -127,7 +123,3 @@ def test_refusals():
     query, cache = torch.zeros(1, 65, 1, 16), torch.zeros(1, 1, 4, 16)
     with pytest.raises(BackendError, match="65 queries.*64"):
         decode_attention.attention(runner(), query, cache, cache, *[None] * 5, 1.0, True)
-    codes = quantized((1, 1, 4, 16), "kivi")
-    pages = Pages(torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32))
-    with pytest.raises(BackendError, match="pages of keys that are quantized per channel"):
-        decode_attention.attention(runner(), query[:, :1], codes, codes, *[None] * 5, 1.0, True, pages=pages)

@@ -158,14 +158,16 @@ def test_the_time_model_streams_where_tiles_leave_units_idle(name):
         assert (count - 1) * share < tiles * 256 <= count * share, "no program without a share"
 
 
-@pytest.mark.parametrize("values", [quantized_gemm.NF4, quantized_gemm.FP4], ids=["nf4", "fp4"])
-@pytest.mark.parametrize("rows", [1, 5])
-def test_codes_that_index_a_table(values, rows):
+@pytest.mark.parametrize("format", ["nf4", "mxfp4"])
+@pytest.mark.parametrize("rows", [1, 5, 66])
+def test_codes_that_index_a_table(format, rows):
     torch.manual_seed(0)
-    weight = torch.randint(0, 256, (19, 32), dtype=torch.uint8)
-    scale, table, x = torch.rand(19, 2), torch.tensor(values), torch.randn(rows, 64)
-    actual = quantized_gemm.linear(runner(), x, weight, scale, None, None, 2, 32, table=table)
-    assert relative_error(actual, quantized_gemm.table_reference(x, weight, scale, table, 32)) < 5e-5
+    # Groups of 32 do not divide 70 features, and tiles do not divide 19 outputs.
+    weight = packing.pack(torch.randint(0, 16, (19, 96)), format, 32)
+    args = (torch.randn(rows, 70), weight, torch.rand(19, 3), None, torch.randn(19), format, 32)
+    for number in range(2):
+        actual = quantized_gemm.quantized_linear(runner(number), *args)
+        assert relative_error(actual, op.reference(*args)) < TOLERANCE[torch.float32] * 2
 
 
 @pytest.mark.parametrize("format", ["int3", "int2"])
@@ -195,8 +197,8 @@ def test_refusals_say_what_there_is():
     x = torch.randn(2, 16)
     with pytest.raises(BackendError, match="groups of 8.*16 to 32768"):
         quantized_gemm.quantized_linear(runner(), x, weight, scale, zero, None, "int4", 8)
-    with pytest.raises(BackendError, match="nf4.*int8, int4, int3, int2"):
-        quantized_gemm.quantized_linear(runner(), x, weight, scale, None, None, "nf4", 16)
+    with pytest.raises(BackendError, match="int4_offset.*int8, int4, int3, int2, nf4, mxfp4"):
+        quantized_gemm.quantized_linear(runner(), x, weight, scale, None, None, "int4_offset", 16)
     with pytest.raises(BackendError, match="groups of 20.*multiples of 8"):
         quantized_gemm.quantized_linear(runner(), x, weight, scale, zero, None, "int3", 20)
     with pytest.raises(BackendError, match="8 bytes a row does not hold 2 groups of 16"):
