@@ -23,11 +23,13 @@ from torch.nn import functional
 
 from graphwright import clean, ops, packing
 from graphwright.backends.tensorrt.takes import FORMATS, ROUNDED, has_kernel, on_codes, per_token
+from graphwright.errors import BackendError
 from graphwright.match import argument
 from graphwright.op import op_of
 from graphwright.ops.attention import default_positions, visible_keys
 from graphwright.ops.quantize_dequantize import LARGEST
 from graphwright.program import Program, attribute
+from graphwright.rewrite import describe
 
 Sizes = tuple[int, int, int]
 """The smallest, the usual and the largest size of a dimension."""
@@ -51,6 +53,9 @@ class Handover(nn.Module):
     Args:
         program: what to run; its weights are moved to the device.
         device: where inputs lie, and where tensors are made whose place the graph names.
+
+    Raises:
+        BackendError: a state is written twice, so that what is new of it is not one tensor.
     """
 
     def __init__(self, program: Program, device: torch.device) -> None:
@@ -61,12 +66,14 @@ class Handover(nn.Module):
         """Of each weight, the buffer that holds it."""
         for name, weight in program.weights().items():
             self._hold(name, weight)
-        self.entered = {
-            str(node.args[0].target): node
-            for node in program.calls(ops.kv_cache_update.target)
-            if str(node.args[0].target) in {spec.name for spec in self.contract.state}
-        }
+        self.entered: dict[str, fx.Node] = {}
         """Of each state that the program writes entries into, the node that does."""
+        for node in program.calls(ops.kv_cache_update.target):
+            held: Any = node.args[0]
+            if any(spec.name == str(held.target) for spec in self.contract.state):
+                if str(held.target) in self.entered:
+                    raise BackendError(f"State {held.target} is written twice in one part", where=describe(node))
+                self.entered[str(held.target)] = node
         changed = clean.written(program.module)
         placeholders = program.graph.find_nodes(op="placeholder")
         self.written = [n.name for n in placeholders if n in changed and str(n.target) not in self.entered]

@@ -29,6 +29,9 @@ NAME = f"torch_tensorrt.dynamo {torch_tensorrt.__version__}"
 LIBRARY = RTX if torch_tensorrt.ENABLED_FEATURES.tensorrt_rtx else "tensorrt"
 """The library that this distribution of torch_tensorrt builds with."""
 
+ON_GPU = (torch.ops.aten.empty_permuted.default, torch.ops.aten.empty_strided.default)
+"""Operators that torch_tensorrt decomposes into tensors on the GPU at hand, where nothing of a part lies: they stay."""
+
 
 def settings() -> CompilationSettings:
     """How programs are lowered and converted: as `torch_tensorrt.dynamo.compile` does unless it is told otherwise."""
@@ -40,7 +43,7 @@ def lowered(archive: torch.export.ExportedProgram) -> fx.GraphModule:
     chosen = settings()
     archive = lowering.pre_export_lowering(archive, chosen)
     table = lowering.get_decompositions(chosen.enable_experimental_decompositions, chosen.decompose_attention)
-    archive = archive.run_decompositions(table)
+    archive = archive.run_decompositions({op: form for op, form in table.items() if op not in ON_GPU})
     module: fx.GraphModule = lowering.post_lowering(archive.module(), chosen)
     return module
 

@@ -8,11 +8,13 @@ import torch
 from backends.tensorrt.test_engines import steps
 from families.configs import build
 
+from graphwright import ops
 from graphwright.backends.onnx.naming import tensor_name
 from graphwright.backends.tensorrt.executable import part_outputs
 from graphwright.backends.tensorrt.handover import Handover
 from graphwright.backends.tensorrt.torch_builder import samples
 from graphwright.capture import capture
+from graphwright.errors import BackendError
 from graphwright.manager import PassManager, plan_passes
 from graphwright.numerics import relative_error
 from graphwright.partition import Part, partition
@@ -218,3 +220,12 @@ def test_one_graph_serves_prefill_and_decode(recipe: str) -> None:
         assert relative_error(found, expected) < (1e-4 if recipe == "fp32" else 5e-3)
     for spec in program.contract.state:
         assert relative_error(theirs[spec.name][:, :, :-1], mine[spec.name][:, :, :-1]) < 5e-3
+
+
+def test_a_state_that_is_written_twice_is_refused() -> None:
+    program = layer("fp32").clone()
+    first = next(program.calls(ops.kv_cache_update.target))
+    with program.graph.inserting_after(first):
+        program.graph.call_function(first.target, first.args)
+    with pytest.raises(BackendError, match="State key_cache_0 is written twice"):
+        Handover(program, torch.device("cpu"))
