@@ -23,6 +23,7 @@ from graphwright.backends.tensorrt import converters, jit
 from graphwright.backends.tensorrt.engine import RTX, BuildError, Draft
 from graphwright.backends.tensorrt.handover import ORIGIN
 from graphwright.contract import Contract
+from graphwright.text import op_name
 
 NAME = f"torch_tensorrt.dynamo {torch_tensorrt.__version__}"
 
@@ -51,8 +52,17 @@ def lowered(archive: torch.export.ExportedProgram) -> fx.GraphModule:
 def refusals(module: fx.GraphModule) -> dict[str, str]:
     """Nodes of the program of which something has no converter, by name, each with the reason."""
     DYNAMO_CONVERTERS.set_compilation_settings(settings())
-    missing = (n for n in module.graph.nodes if n.op == "call_function" and n not in DYNAMO_CONVERTERS)
-    return {origin(node): jit.reason(node, DYNAMO_CONVERTERS) for node in missing}
+    reasons = ((node, _reason(node)) for node in module.graph.nodes if node.op == "call_function")
+    return {origin(node): reason for node, reason in reasons if reason}
+
+
+def _reason(node: fx.Node) -> str:
+    """Why a node has no converter; empty if it has one."""
+    try:
+        return "" if node in DYNAMO_CONVERTERS else jit.reason(node, DYNAMO_CONVERTERS)
+    except Exception as error:
+        # Its checks of a node's arguments fail on forms that they do not expect.
+        return f"torch_tensorrt cannot say whether it takes {op_name(node.target)}: {error}"
 
 
 def origin(node: fx.Node) -> str:
