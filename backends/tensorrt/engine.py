@@ -216,7 +216,7 @@ def ranges(contract: Contract, more: Mapping[str, sympy.Expr] | None = None) -> 
         found[0][dim.name], found[1][dim.name] = (_at_most(dim.max, sizes) for sizes in (decode, prefill))
     for sizes in found:
         for name, size in (more or {}).items():
-            three = (size.subs({str(s): sizes[str(s)][which] for s in size.free_symbols}) for which in range(3))
+            three = (size.subs({s: sizes[str(s)][which] for s in size.free_symbols}) for which in range(3))
             sizes[name] = tuple(map(int, three))  # type: ignore[assignment]
     return found if any(dim.name == "sequence" for dim in contract.dims) and contract.state else found[1:]
 

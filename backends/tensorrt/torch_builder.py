@@ -146,7 +146,7 @@ def samples(part: Part) -> tuple[list[Tensor], dict[str, Sizes]]:
     contract = part.program.contract
     sizes = contract.sizes(SAMPLED)
     for name, size in part.sizes.items():
-        sizes[name] = int(size.subs({str(symbol): sizes[str(symbol)] for symbol in size.free_symbols}))
+        sizes[name] = int(size.subs({symbol: sizes[str(symbol)] for symbol in size.free_symbols}))
     tensors = [*contract.draw(sizes).values(), *contract.allocate(sizes).values()]
     return tensors, {dim.name: (dim.min, sizes[dim.name], dim.max) for dim in contract.dims if dim.min < dim.max}
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from backends.tensorrt.test_engines import steps
 from families.configs import build
+from torch import nn
 
 from graphwright import ops
 from graphwright.backends.onnx.naming import tensor_name
+from graphwright.backends.tensorrt.engine import ranges
 from graphwright.backends.tensorrt.executable import part_outputs
 from graphwright.backends.tensorrt.handover import Handover
 from graphwright.backends.tensorrt.torch_builder import samples
@@ -229,3 +231,20 @@ def test_a_state_that_is_written_twice_is_refused() -> None:
         program.graph.call_function(first.target, first.args)
     with pytest.raises(BackendError, match="State key_cache_0 is written twice"):
         Handover(program, torch.device("cpu"))
+
+
+def test_sizes_that_only_a_part_has_follow_from_those_of_the_program() -> None:
+    class Flat(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.reshape(-1, 5).exp().sin()
+
+    program = capture(Flat(), {"x": torch.randn(3, 4, 5)}, dims={"x": {0: "batch", 1: "sequence"}})
+    parts = partition(program, lambda node: "sin" in node.name)
+    (part,) = (part for part in parts if part.taken)
+    (name,) = part.sizes
+    (tensor,), sizes = samples(part)
+    base = program.contract.sizes()
+    assert tensor.shape == (base["batch"] * base["sequence"], 5)
+    assert sizes[name][1] == tensor.shape[0]
+    (found,) = ranges(program.contract, part.sizes)
+    assert found[name] == tuple(b * s for b, s in zip(found["batch"], found["sequence"], strict=True))
