@@ -51,6 +51,8 @@ class Manifest:
     """Targets besides `target` that the artifact holds kernels for."""
     export: dict[str, Any] = field(default_factory=dict)
     """Of an export: its format, options, and what the format says of it."""
+    builder: str = ""
+    """What built the backend's own code, with versions, where the backend has several ways."""
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -112,6 +114,7 @@ def write_manifest(
     recipe: Mapping[str, Any],
     also: tuple[str, ...] = (),
     export: Mapping[str, Any] | None = None,
+    builder: str = "",
 ) -> None:
     """Writes the manifest over all files that are in `directory` now."""
     files = {
@@ -131,6 +134,7 @@ def write_manifest(
         "recipe": dict(recipe),
         "also": list(also),
         **({"export": dict(export)} if export else {}),
+        **({"builder": builder} if builder else {}),
         "files": files,
     }
     (directory / MANIFEST).write_text(json.dumps(data, indent=1))

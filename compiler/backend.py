@@ -137,11 +137,12 @@ class KernelLister(Protocol):
 class RequiringBackend(Protocol):
     """A backend that is imported without packages that it compiles with."""
 
-    def require(self) -> None:
+    def require(self, target: Target) -> None:
         """Refuses to begin.
 
         Raises:
             BackendError: a package is missing; says what to install.
+            TargetError: the packages that are there do not compile for the target.
         """
         ...
 
@@ -152,6 +153,15 @@ class PartialBackend(Protocol):
 
     def left(self, directory: Path, target: Target) -> dict[str, str]:
         """The nodes that stayed out of what was compiled into `directory`, by name, each with the reason."""
+        ...
+
+
+@runtime_checkable
+class BuilderNamer(Protocol):
+    """A backend that has several ways to build its code."""
+
+    def builder(self, directory: Path, target: Target) -> str:
+        """What built the code for a target in a directory of compiled files, with versions."""
         ...
 
 
@@ -166,6 +176,8 @@ class Coverage:
     """Every node that fell back, by name, with the reason; where the backend learns it by compiling."""
     passed_over: dict[str, str] = field(default_factory=dict)
     """Why backends that the target prefers were not used, by name."""
+    builder: str = ""
+    """What built the backend's own code, where the backend has several ways."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for the report."""
@@ -178,7 +190,8 @@ def coverage(program: Program, backend: Backend, target: Target, directory: Path
     With the directory of the compiled files, what compiling has shown counts too.
     """
     left = backend.left(directory, target) if directory and isinstance(backend, PartialBackend) else {}
-    found = Coverage(left=left)
+    builder = backend.builder(directory, target) if directory and isinstance(backend, BuilderNamer) else ""
+    found = Coverage(left=left, builder=builder)
     for node in program.calls():
         support = Support(False, left[node.name]) if node.name in left else backend.supports(node, target)
         name = op_name(node.target)
@@ -263,7 +276,7 @@ def required_backend(target: Target, name: str = "", *, jit: bool = False) -> Ba
     if jit and isinstance(backend, RequiringJitBackend):
         backend.require_jit(target)
     elif isinstance(backend, RequiringBackend):
-        backend.require()
+        backend.require(target)
     return backend
 
 

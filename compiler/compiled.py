@@ -316,7 +316,9 @@ class Compiled:
             self.report.artifact_bytes = sum(f.stat().st_size for f in work.rglob("*") if f.is_file())
             self.report.save(work / "report.json")
             (work / "report.html").write_text(render(self.report))
-            artifact.write_manifest(work, self.target, self.backend, self.recipe.to_data(), self.also)
+            builder = self.report.coverage.get("builder", "")
+            recipe = self.recipe.to_data()
+            artifact.write_manifest(work, self.target, self.backend, recipe, self.also, builder=builder)
         return final
 
 

@@ -128,7 +128,8 @@ def _write(
     report.artifact_bytes = sum(files.values())
     report.save(job.directory / "report.json")
     (job.directory / "report.html").write_text(render(report))
-    artifact.write_manifest(job.directory, target, backend, job.recipe.to_data(), export=described)
+    builder = report.coverage["builder"]
+    artifact.write_manifest(job.directory, target, backend, job.recipe.to_data(), export=described, builder=builder)
 
 
 def _verified(writer: Format, job: Export, seconds: dict[str, float]) -> Verified:

@@ -3,12 +3,15 @@
 graphwright compile MODEL --recipe int4 --target tensorrt:sm_89 -o DIR
 
 1. cut the program into what TensorRT takes and what is left to PyTorch        (plan.py)
-2. write each part as ONNX, and ask the parser about every node of it          (backends.onnx, profile tensorrt)
+2. have a builder write each part as a network, and refuse nodes of it         (builder.py)
+   - as ONNX, by TensorRT's parser (`graphwright[tensorrt]`)                   (onnx_builder.py, backends.onnx)
+   - by torch_tensorrt.dynamo, with converters for our ops, where that is      (torch_builder.py, handover.py,
+     installed (`graphwright[torch-tensorrt]`)                                  network.py, converters.py)
 3. build strongly typed engines with a decode and a prefill profile            (engine.py)
 4. on a GPU, run the parts one after the other over PyTorch's device memory    (executable.py)
 
-Where TensorRT takes everything, there is one part. What stayed out, and why, is in the report. This way builds with
-TensorRT for RTX (`graphwright[tensorrt]`), because that needs no GPU.
+Where TensorRT takes everything, there is one part. What stayed out, and why, is in the report, and so is the builder.
+TensorRT for RTX builds for any GPU without one, either way; `torch-tensorrt` proper builds for the GPU at hand.
 
 torch.compile(model, backend="graphwright", options={"backend": "tensorrt", "recipe": "int4"})
 
@@ -22,7 +25,6 @@ model stays in its own Python code, with its own cache and its own generation lo
 Both are imported when they are first used, so that programs for other targets do not need them.
 """
 
-import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,14 +32,11 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from graphwright import ops
 from graphwright.backend import Executable, Progress, Support
 from graphwright.contract import Contract
-from graphwright.errors import ArtifactError, BackendError
-from graphwright.match import argument
+from graphwright.errors import ArtifactError
 from graphwright.program import Program
 from graphwright.target import Target
-from graphwright.text import op_name
 
 
 class TensorrtBackend:
@@ -46,28 +45,22 @@ class TensorrtBackend:
     name = "tensorrt"
     kinds = ("tensorrt",)
 
-    def require(self) -> None:
-        """Refuses to begin without TensorRT and ONNX.
+    def require(self, target: Target) -> None:
+        """Refuses to begin without a builder for the target.
 
         Raises:
             BackendError: a package is missing.
+            TargetError: the one that is there builds for another GPU.
         """
-        require_packages()
+        from graphwright.backends.tensorrt import builder
+
+        builder.require(target)
 
     def supports(self, node: fx.Node, target: Target) -> Support:
-        """Whether the node has a form that TensorRT's parser takes."""
-        require_packages()
-        from graphwright.backends.onnx.model import tables
-        from graphwright.backends.onnx.options import OnnxOptions
-        from graphwright.backends.tensorrt.takes import FORMATS
+        """Whether the node has a form that the builder takes, as far as the node alone shows."""
+        from graphwright.backends.tensorrt import builder
 
-        if not any(node.target in table for table in tables(OnnxOptions(profile="tensorrt"))):
-            return Support(False, f"profile tensorrt of ONNX has no translation for {op_name(node.target)}")
-        if node.target in (ops.quantized_linear.target, ops.quantized_embedding.target):
-            format = str(argument(node, "format"))
-            if format not in FORMATS:
-                return Support(False, f"TensorRT has no weights of format {format}")
-        return Support(True)
+        return builder.find(target).supports(node)
 
     def prepare(self, program: Program, target: Target) -> Program:
         """The program as it is: the engine has weights of its own."""
@@ -79,14 +72,14 @@ class TensorrtBackend:
         Raises:
             BackendError: a package is missing, or TensorRT takes nothing that is worth an engine; says why.
         """
-        require_packages()
-        from graphwright.backends.tensorrt import plan
+        from graphwright.backends.tensorrt import builder, plan
         from graphwright.backends.tensorrt.executable import TensorrtExecutable
 
+        chosen = builder.find(target)
         progress("translate for TensorRT", 0.0)
-        answers = {node.name: self.supports(node, target) for node in program.calls()}
+        answers = {node.name: chosen.supports(node) for node in program.calls()}
         left = {name: answer.reason for name, answer in answers.items() if not answer.ok}
-        facts = plan.build(program, left, target, directory, progress)
+        facts = plan.build(program, left, chosen, target, directory, progress)
         return TensorrtExecutable(program.contract, target, facts, directory, program.weights())
 
     def load(self, contract: Contract, weights: Mapping[str, Tensor], target: Target, directory: Path) -> Executable:
@@ -94,32 +87,44 @@ class TensorrtBackend:
 
         Raises:
             TargetError: this machine's GPU is not the target.
+            BackendError: the library that built the engines is missing.
             ArtifactError: the artifact holds no engine for it.
         """
-        from graphwright.backends.tensorrt.executable import TensorrtExecutable, require_gpu
+        from graphwright.backends.tensorrt.executable import TensorrtExecutable, require_gpu, require_library
 
         require_gpu(target)
-        require_packages()
         path = directory / f"{target.arch}.json"
         if not path.is_file():
             raise ArtifactError(f"The artifact holds no engine for {target.arch}", fix="Compile the model for it")
-        return TensorrtExecutable(contract, target, json.loads(path.read_text()), directory, weights)
+        plan = json.loads(path.read_text())
+        require_library(plan)
+        return TensorrtExecutable(contract, target, plan, directory, weights)
 
     def left(self, directory: Path, target: Target) -> dict[str, str]:
         """The nodes that stayed out of the engines, with the reasons."""
         found: dict[str, str] = json.loads((directory / f"{target.arch}.json").read_text())["left"]
         return found
 
+    def builder(self, directory: Path, target: Target) -> str:
+        """What built the engines for a target, with versions."""
+        from graphwright.backends.tensorrt.executable import maker
+
+        return str(maker(json.loads((directory / f"{target.arch}.json").read_text())))
+
     def kernels(self, directory: Path) -> list[dict[str, Any]]:
         """One row for every part of an artifact."""
+        from graphwright.backends.tensorrt.executable import maker
+
         rows = []
         for plan in sorted(path for path in directory.glob("*.json") if not path.name.endswith(".graph.json")):
-            for part in json.loads(plan.read_text())["parts"]:
+            whole = json.loads(plan.read_text())
+            for part in whole["parts"]:
                 facts = part if part["kind"] == "engine" else {}
                 rows.append(
                     {
                         "part": part["file"],
                         "runs on": "TensorRT" if facts else "PyTorch",
+                        "built by": str(maker(whole)) if facts else "",
                         "nodes": part["nodes"],
                         "bytes": (directory / part["file"]).stat().st_size,
                         "weight bytes": facts.get("weight_bytes", ""),
@@ -154,20 +159,6 @@ class TensorrtBackend:
 
         jit.torch_tensorrt()
         return jit.TensorrtRegion(program)
-
-
-def require_packages() -> None:
-    """Refuses to go on where a package is missing.
-
-    Raises:
-        BackendError: says which, and what to install.
-    """
-    for name in ("tensorrt_rtx", "onnx", "onnx_ir"):
-        if importlib.util.find_spec(name) is None:
-            raise BackendError(
-                f"The tensorrt backend needs the package {name.replace('_', '-')}",
-                fix="pip install 'graphwright[tensorrt]'",
-            )
 
 
 BACKEND = TensorrtBackend()

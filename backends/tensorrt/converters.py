@@ -4,6 +4,7 @@
 - quantized_embedding: rows of a table that is dequantized by such a layer.
 - quantize_dequantize with a scale: TensorRT's quantize and dequantize layers.
 - attention with one bias: TensorRT's attention layer, whose kernels are fused.
+- ATen's gather, which picks the positions whose logits are wanted: torch_tensorrt converts it for fixed sizes only.
 
 They take what `handover` makes of a program: symmetric weights, whole groups, and positions turned into a bias. A node
 in another form has no converter, and `refusal` says why.
@@ -29,6 +30,9 @@ DTYPES = {
     torch.float32: trt.DataType.FLOAT,
     torch.float16: trt.DataType.HALF,
     torch.bfloat16: trt.DataType.BF16,
+    torch.int64: trt.DataType.INT64,
+    torch.int32: trt.DataType.INT32,
+    torch.bool: trt.DataType.BOOL,
 }
 
 
@@ -55,11 +59,11 @@ def _takes(node: fx.Node, _settings: Any = None) -> bool:
 Arguments = tuple[Any, ...]
 
 
-def converter(op: Any) -> Any:
+def converter(target: Any, validator: Any = _takes) -> Any:
     """Registers a function (network builder's context, node, values of the arguments, name) as an op's converter."""
 
     def register(write: Any) -> Any:
-        @dynamo_tensorrt_converter(op.target, capability_validator=_takes, supports_dynamic_shapes=True)
+        @dynamo_tensorrt_converter(target, capability_validator=validator, supports_dynamic_shapes=True)
         def convert(ctx: ConversionContext, target: Any, args: Arguments, kwargs: Mapping[str, Any], name: str) -> Any:
             names = [one.name for one in target._schema.arguments]
             return write(ctx, ctx.current_node, dict(zip(names, args, strict=False)) | dict(kwargs), name)
@@ -69,7 +73,7 @@ def converter(op: Any) -> Any:
     return register
 
 
-@converter(ops.quantized_linear)
+@converter(ops.quantized_linear.target)
 def quantized_linear(ctx: ConversionContext, node: fx.Node, given: Mapping[str, Any], name: str) -> Any:
     """A matrix product with the dequantized weight."""
     x = get_trt_tensor(ctx, given["x"], f"{name}_x")
@@ -84,7 +88,7 @@ def quantized_linear(ctx: ConversionContext, node: fx.Node, given: Mapping[str, 
     return product.get_output(0)
 
 
-@converter(ops.quantized_embedding)
+@converter(ops.quantized_embedding.target)
 def quantized_embedding(ctx: ConversionContext, node: fx.Node, given: Mapping[str, Any], name: str) -> Any:
     """Rows of the dequantized table."""
     dense = dequantized(ctx, given, node.meta["val"].dtype, name)
@@ -93,7 +97,7 @@ def quantized_embedding(ctx: ConversionContext, node: fx.Node, given: Mapping[st
     return rows.get_output(0)
 
 
-@converter(ops.quantize_dequantize)
+@converter(ops.quantize_dequantize.target)
 def quantize_dequantize(ctx: ConversionContext, node: fx.Node, given: Mapping[str, Any], name: str) -> Any:
     """Codes, and numbers again, in the dtype of the activations."""
     dtype = node.meta["val"].dtype
@@ -105,7 +109,7 @@ def quantize_dequantize(ctx: ConversionContext, node: fx.Node, given: Mapping[st
     return numbers.get_output(0)
 
 
-@converter(ops.attention)
+@converter(ops.attention.target)
 def attention(ctx: ConversionContext, node: fx.Node, given: Mapping[str, Any], name: str) -> Any:
     """TensorRT's attention layer over a scaled query; grouped heads are its own."""
     scale = torch.full((1, 1, 1, 1), float(given["scale"]), dtype=node.meta["val"].dtype)
@@ -118,6 +122,16 @@ def attention(ctx: ConversionContext, node: fx.Node, given: Mapping[str, Any], n
     layer.name = name
     layer.decomposable = True
     layer.mask = get_trt_tensor(ctx, given["bias"], f"{name}_bias")
+    return layer.get_output(0)
+
+
+@converter(torch.ops.aten.gather.default, None)
+def gather(ctx: ConversionContext, node: fx.Node, given: Mapping[str, Any], name: str) -> Any:
+    """Single elements along one dimension."""
+    values = get_trt_tensor(ctx, given["self"], f"{name}_values")
+    layer = ctx.net.add_gather_v2(values, get_trt_tensor(ctx, given["index"], f"{name}_index"), trt.GatherMode.ELEMENT)
+    layer.axis = given["dim"] % len(values.shape)
+    layer.name = name
     return layer.get_output(0)
 
 

@@ -1,23 +1,21 @@
-"""From an ONNX model to a serialized engine, on any machine: what the parser takes, the profiles, and the build.
+"""From a network to a serialized engine, whoever wrote the network: the profiles, the build, and what came out.
 
-    refusals = refused(path)                     # {node: reason}; empty if TensorRT takes the whole model
-    engine = build(path, ranges(contract), "sm_89", progress)
+    draft = Draft.begin("tensorrt_rtx")          # then write draft.network, by a parser or by converters
+    engine = serialize(draft, ranges(contract), "sm_89", maker, progress)
     engine.data, engine.weight_bytes
 
-Engines are those of TensorRT for RTX: built ahead of time for a compute capability, without a GPU; the last step, from
-the engine to machine code, is done by the runtime on the GPU at hand. Networks are strongly typed: every tensor has the
-dtype that the program gives it.
+Engines of TensorRT for RTX are built for a named compute capability, on any machine; the last step, from the engine to
+machine code, is done by the runtime on the GPU at hand. Networks are strongly typed: every tensor has the dtype that
+the program gives it.
 """
 
+import importlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-import onnx
 import sympy
-import tensorrt_rtx as trt
 
 from graphwright.backend import Progress
 from graphwright.backends.onnx.naming import DIMS
@@ -33,8 +31,14 @@ PROMPT, USUAL_PROMPT, USUAL_KEYS = 4096, 512, 1024
 CONTRACT_DIMS = {file: contract for contract, file in DIMS.items()}
 """The contract's name of each dimension that the file calls otherwise."""
 
-ORIGINS = re.compile(rb"\[ONNX Layer: ([^\]\0]+)\]")
-"""How a built engine names the nodes that its kernels compute."""
+RTX = "tensorrt_rtx"
+"""The library that builds for compute capabilities without their GPUs; `tensorrt` builds for the GPU at hand."""
+
+NODE = re.compile(r"([A-Za-z_]\w*)/[A-Z]\w*_\d+")
+"""How what a node becomes is named in a network: the node, what it is there, and a number."""
+
+ORIGINS = re.compile(rb"\[(?:ONNX )?Layer: ([^\]\0]+)\]")
+"""How a built engine names the nodes that its kernels compute: as the ONNX parser writes it, or `network`."""
 
 WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
 
@@ -49,12 +53,31 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Maker:
+    """Who made an engine, and with what.
+
+    Attributes:
+        builder: what wrote the network, with its version.
+        library: the Python package that built the engine, and that alone can load it.
+        library_version: of that package.
+    """
+
+    builder: str
+    library: str
+    library_version: str
+
+    def __str__(self) -> str:
+        return f"{self.builder}, {self.library} {self.library_version}"
+
+
+@dataclass(frozen=True)
 class Engine:
     """A serialized engine and what it is made of.
 
     Attributes:
         data: what the runtime loads.
         arch: the compute capability it is for.
+        maker: who made it.
         inputs: in the network's order.
         outputs: in the network's order.
         profiles: per profile, the three sizes of every dimension that is not fixed.
@@ -67,6 +90,7 @@ class Engine:
 
     data: bytes = field(repr=False)
     arch: str
+    maker: Maker
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     profiles: tuple[dict[str, Sizes], ...]
@@ -76,92 +100,100 @@ class Engine:
     dequantized: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the data."""
-        return {key: value for key, value in asdict(self).items() if key != "data"}
+        """Everything but the data, and the maker, which all engines of a plan have in common."""
+        return {key: value for key, value in asdict(self).items() if key not in ("data", "maker")}
 
 
 class BuildError(BackendError):
-    """The builder, which looks closer than the parser, refused a model; its words name the node."""
+    """The builder, which looks closer than what wrote the network, refused it; its words name the node."""
 
 
-class _Log(trt.ILogger):  # type: ignore[misc]
-    """Keeps what TensorRT says, instead of printing it."""
+@dataclass(frozen=True)
+class Draft:
+    """A network that is being written.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.errors: list[str] = []
-        self.weight_bytes = 0
-
-    def log(self, severity: Any, message: str) -> None:
-        if severity <= trt.ILogger.ERROR:
-            self.errors.append(message)
-        found = WEIGHTS.search(message)
-        if found:
-            self.weight_bytes = int(found.group(1))
-
-
-def refused(path: Path) -> dict[str, str]:
-    """The nodes of a model that the parser does not take, each with its reason.
-
-    Raises:
-        BackendError: the file is no model.
+    Attributes:
+        library: the module of TensorRT that it belongs to.
+        log: what the library says, as `errors` and `weight_bytes`.
+        builder: the library's builder.
+        network: strongly typed, empty at first.
     """
-    log = _Log()
-    _, parser = _network(log)[1:]
-    if parser.supports_model_v2(path.read_bytes(), str(path)):
-        return {}
-    reasons = {}
-    for index in range(parser.num_errors):
-        error = parser.get_error(index)
-        reasons[error.node_name() or f"{error.node_operator() or 'model'} {index}"] = error.desc()
-    names = [node.name for node in onnx.load(path, load_external_data=False).graph.node]
-    for index in range(parser.num_subgraphs):
-        if not parser.is_subgraph_supported(index):
-            for node in parser.get_subgraph_nodes(index):
-                reasons.setdefault(names[node], "it is part of a subgraph that the parser refuses")
-    return reasons
+
+    library: Any
+    log: Any
+    builder: Any
+    network: Any
+
+    @staticmethod
+    def begin(library: str) -> "Draft":
+        """An empty network of a library."""
+        trt = importlib.import_module(library)
+        log = _log(trt)
+        builder = trt.Builder(log)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        return Draft(trt, log, builder, network)
 
 
-def build(path: Path, profiles: Sequence[dict[str, Sizes]], arch: str, progress: Progress) -> Engine:
-    """Builds the engine of a model for one compute capability, such as `sm_89`.
+def _log(trt: Any) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc]
+        """Keeps what TensorRT says, instead of printing it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+            self.weight_bytes = 0
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                self.errors.append(message)
+            found = WEIGHTS.search(message)
+            if found:
+                self.weight_bytes = int(found.group(1))
+
+    return Log()
+
+
+def serialize(
+    draft: Draft, profiles: Sequence[dict[str, Sizes]], arch: str, builder: str, progress: Progress
+) -> Engine:
+    """Builds the engine of a written network for one compute capability, such as `sm_89`.
 
     Args:
-        path: of the model.
+        draft: the network; its inputs' dimensions have the names that `profiles` have, or the file's.
         profiles: sizes of every dimension; see `ranges`.
-        arch: the compute capability.
+        arch: the compute capability; a library other than that for RTX builds for the GPU at hand.
+        builder: what wrote the network.
         progress: called with what is being done.
 
     Raises:
-        BackendError: TensorRT does not parse the model or does not build it; its own words are given.
+        BackendError: TensorRT does not build the engine; its own words are given.
     """
-    log = _Log()
-    builder, network, parser = _network(log)
-    progress("parse for TensorRT", 0.1)
-    if not parser.parse_from_file(str(path)):
-        raise BackendError(f"TensorRT does not parse the model: {_words(parser, log)}")
-    config = builder.create_builder_config()
+    trt, network = draft.library, draft.network
+    config = draft.builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(_capability(arch), 0)
+    if trt.__name__ == RTX:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(_capability(trt, arch), 0)
     for sizes in profiles:
-        profile = builder.create_optimization_profile()
+        profile = draft.builder.create_optimization_profile()
         for index in range(network.num_inputs):
             tensor = network.get_input(index)
             profile.set_shape(tensor.name, *_shapes(tensor, sizes))
         config.add_optimization_profile(profile)
     progress(f"build the engine for {arch}", 0.3)
-    data = builder.build_serialized_network(network, config)
+    data = draft.builder.build_serialized_network(network, config)
     if data is None:
-        raise BuildError(f"TensorRT does not build the engine for {arch}: {'; '.join(log.errors)[:800]}")
+        raise BuildError(f"TensorRT does not build the engine for {arch}: {'; '.join(draft.log.errors)[:800]}")
     return Engine(
         data=bytes(data),
         arch=arch,
+        maker=Maker(builder, trt.__name__, trt.__version__),
         inputs=tuple(_tensor(network.get_input(i)) for i in range(network.num_inputs)),
         outputs=tuple(_tensor(network.get_output(i)) for i in range(network.num_outputs)),
         profiles=tuple(profiles),
-        weight_bytes=log.weight_bytes,
+        weight_bytes=draft.log.weight_bytes,
         layers=_counts(network),
-        quantized=_quantized(network),
+        quantized=_quantized(trt, network),
         dequantized=_dequantized(bytes(data)),
     )
 
@@ -184,7 +216,7 @@ def ranges(contract: Contract, more: Mapping[str, sympy.Expr] | None = None) -> 
         found[0][dim.name], found[1][dim.name] = (_at_most(dim.max, sizes) for sizes in (decode, prefill))
     for sizes in found:
         for name, size in (more or {}).items():
-            three = (size.subs({str(s): sizes[str(s)][which] for s in size.free_symbols}) for which in range(3))
+            three = (size.subs({s: sizes[str(s)][which] for s in size.free_symbols}) for which in range(3))
             sizes[name] = tuple(map(int, three))  # type: ignore[assignment]
     return found if any(dim.name == "sequence" for dim in contract.dims) and contract.state else found[1:]
 
@@ -194,24 +226,11 @@ def _at_most(limit: int, sizes: Sizes) -> Sizes:
     return min(low, limit), min(usual, limit), min(high, limit)
 
 
-def _network(log: _Log) -> tuple[Any, Any, Any]:
-    builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    return builder, network, trt.OnnxParser(network, log)
-
-
-def _capability(arch: str) -> Any:
+def _capability(trt: Any, arch: str) -> Any:
     name = arch.replace("sm_", "SM")
     if not hasattr(trt.ComputeCapability, name):
         raise BackendError(f"TensorRT {trt.__version__} builds no engines for {arch}")
     return getattr(trt.ComputeCapability, name)
-
-
-def _words(parser: Any, log: _Log) -> str:
-    found = [
-        f"{e.node_name() or e.node_operator()}: {e.desc()}" for e in map(parser.get_error, range(parser.num_errors))
-    ]
-    return "; ".join(found or log.errors)[:800]
 
 
 def _shapes(tensor: Any, sizes: Mapping[str, Sizes]) -> list[tuple[int, ...]]:
@@ -238,7 +257,7 @@ def _counts(network: Any) -> dict[str, int]:
     return found
 
 
-def _quantized(network: Any) -> dict[str, int]:
+def _quantized(trt: Any, network: Any) -> dict[str, int]:
     constants = {layer.get_output(0).name for layer in _layers(network) if layer.type == trt.LayerType.CONSTANT}
     found: dict[str, int] = {}
     for layer in _layers(network):
@@ -250,4 +269,4 @@ def _quantized(network: Any) -> dict[str, int]:
 
 def _dequantized(data: bytes) -> tuple[str, ...]:
     names = {found.decode() for found in ORIGINS.findall(data)}
-    return tuple(sorted(name for name in names if "/DequantizeLinear_" in name))
+    return tuple(sorted(name for name in names if "/dequantize" in name.lower()))

@@ -1,5 +1,7 @@
 """Running an engine on a GPU: PyTorch owns the device memory, TensorRT reads and writes it by address."""
 
+import importlib
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from graphwright.backends.onnx.naming import tensor_name
+from graphwright.backends.tensorrt.engine import RTX, Maker
 from graphwright.contract import Contract
 from graphwright.errors import BackendError, TargetError
 from graphwright.ops import kv_cache_update
@@ -23,6 +26,9 @@ DTYPES = {
     "INT32": torch.int32,
     "BOOL": torch.bool,
 }
+
+UNNAMED = Maker("TensorRT's ONNX parser", RTX, "of another version")
+"""Who made the engines of artifacts that were written when there was but one way, and do not say so."""
 
 
 def require_gpu(target: Target) -> None:
@@ -43,6 +49,26 @@ def require_gpu(target: Target) -> None:
         f"The engine is built for {target.arch}, and this machine's GPU is {found}",
         fix="Compile it for that GPU",
     )
+
+
+def maker(plan: Mapping[str, Any]) -> Maker:
+    """Who made the engines of a plan, all of which are made in one go."""
+    return Maker(**plan["maker"]) if "maker" in plan else UNNAMED
+
+
+def require_library(plan: Mapping[str, Any]) -> None:
+    """Refuses to load engines without the library that built them.
+
+    Raises:
+        BackendError: says which, and what to install.
+    """
+    made = maker(plan)
+    if importlib.util.find_spec(made.library) is None:
+        extra = "tensorrt" if made.library == RTX else "torch-tensorrt"
+        raise BackendError(
+            f"The engines were built by {made}, and the package {made.library} is not installed",
+            fix=f"pip install 'graphwright[{extra}]'",
+        )
 
 
 def choose_profile(profiles: Sequence[Mapping[str, Sequence[int]]], sizes: Mapping[str, int]) -> int:
@@ -93,9 +119,9 @@ class TorchPart:
 class EnginePart:
     """An engine; its state is read where it lies, and what is new of it is written there after the run."""
 
-    def __init__(self, entry: Mapping[str, Any], file: Path, device: torch.device) -> None:
+    def __init__(self, entry: Mapping[str, Any], made: Maker, file: Path, device: torch.device) -> None:
         self._contract = Contract.from_json(entry["contract"])
-        self._entry, self._file, self._device = entry, file, device
+        self._entry, self._made, self._file, self._device = entry, made, file, device
         self._context: Any = None
         self._loaded: Any = None
 
@@ -123,12 +149,16 @@ class EnginePart:
 
     def _start(self) -> Any:
         if self._context is None:
-            import tensorrt_rtx as trt
-
+            made = self._made
+            trt = importlib.import_module(made.library)
             runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
             self._loaded = (runtime, runtime.deserialize_cuda_engine(self._file.read_bytes()))
             if self._loaded[1] is None:
-                raise BackendError("TensorRT does not load the engine on this machine", where=str(self._file))
+                raise BackendError(
+                    f"{made.library} {trt.__version__} does not load the engine, which was built by {made}",
+                    where=str(self._file),
+                    fix=f"Install {made.library} {made.library_version}, or compile the model again with what is here",
+                )
             self._context = self._loaded[1].create_execution_context()
         return self._context
 
@@ -189,4 +219,4 @@ class TensorrtExecutable:
         file = self._directory / entry["file"]
         if entry["kind"] == "torch":
             return TorchPart(file, self._weights, self.device)
-        return EnginePart(entry, file, self.device)
+        return EnginePart(entry, maker(self._plan), file, self.device)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from graphwright.backends.tensorrt import require_packages
+from graphwright.backends.tensorrt import builder
 from graphwright.backends.tensorrt.executable import require_gpu
 from graphwright.export_format import FormatOptions
 from graphwright.lowered_format import LoweredFormat
@@ -38,9 +38,9 @@ class Tensorrt(LoweredFormat):
 
         Raises:
             BackendError: a package is missing.
-            TargetError: engines run on their own GPU only.
+            TargetError: what is installed builds for another GPU, or engines are to run on another than their own.
         """
-        require_packages()
+        builder.require(self.target(options))
         if verify:
             require_gpu(self.target(options))
 

@@ -9,7 +9,8 @@
 - Attention that TensorRT has a kernel for keeps its op, with all that hides keys in one bias.
 - Every other op of ours stands for itself and runs in PyTorch.
 
-Nothing is written in place: what the program writes into an input is one more output, for the caller to copy back.
+Nothing is written in place: what the program writes into an input is one more output, for the caller to copy back. Of
+state, only what is new leaves, with the slots that it belongs to.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +23,13 @@ from torch.nn import functional
 
 from graphwright import clean, ops, packing
 from graphwright.backends.tensorrt.takes import FORMATS, ROUNDED, has_kernel, on_codes, per_token
+from graphwright.errors import BackendError
 from graphwright.match import argument
 from graphwright.op import op_of
 from graphwright.ops.attention import default_positions, visible_keys
 from graphwright.ops.quantize_dequantize import LARGEST
 from graphwright.program import Program, attribute
+from graphwright.rewrite import describe
 
 Sizes = tuple[int, int, int]
 """The smallest, the usual and the largest size of a dimension."""
@@ -50,6 +53,9 @@ class Handover(nn.Module):
     Args:
         program: what to run; its weights are moved to the device.
         device: where inputs lie, and where tensors are made whose place the graph names.
+
+    Raises:
+        BackendError: a state is written twice, so that what is new of it is not one tensor.
     """
 
     def __init__(self, program: Program, device: torch.device) -> None:
@@ -60,16 +66,31 @@ class Handover(nn.Module):
         """Of each weight, the buffer that holds it."""
         for name, weight in program.weights().items():
             self._hold(name, weight)
+        self.entered: dict[str, fx.Node] = {}
+        """Of each state that the program writes entries into, the node that does."""
+        for node in program.calls(ops.kv_cache_update.target):
+            held: Any = node.args[0]
+            if any(spec.name == str(held.target) for spec in self.contract.state):
+                if str(held.target) in self.entered:
+                    raise BackendError(f"State {held.target} is written twice in one part", where=describe(node))
+                self.entered[str(held.target)] = node
         changed = clean.written(program.module)
-        self.written = [n.name for n in program.graph.find_nodes(op="placeholder") if n in changed]
-        """Inputs that the program writes into; their new values are the last outputs."""
+        placeholders = program.graph.find_nodes(op="placeholder")
+        self.written = [n.name for n in placeholders if n in changed and str(n.target) not in self.entered]
+        """Other inputs that the program writes into; their new values are outputs after the program's own."""
         for node in program.calls(ops.quantized_linear.target, ops.quantized_embedding.target):
             if is_carried(node):
                 self._prepare(node)
         self.to(device)
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what is returned: `<state>.new` and `<state>.slots` are the last."""
+        entries = (f"{name}.{part}" for name in self.entered for part in ("new", "slots"))
+        return (*self.contract.outputs, *self.written, *entries)
+
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The program's outputs, then the new value of each input that it writes."""
+        """The program's outputs, the new value of each input that it writes, and what is new of each state."""
         values: dict[fx.Node, Any] = {}
         for node, given in zip(self._program.graph.find_nodes(op="placeholder"), inputs, strict=True):
             values[node] = given.clone() if node.name in self.written else given
@@ -81,7 +102,8 @@ class Handover(nn.Module):
                     values[node] = self._call(node, values)
         outputs: Any = self._program.graph.output_node().args[0]
         updates = [value for node, value in values.items() if node.op == "placeholder" and node.name in self.written]
-        return (*(values[node] for node in outputs), *updates)
+        entries = (tensor for node in self.entered.values() for tensor in values[node])
+        return (*(values[node] for node in outputs), *updates, *entries)
 
     def exported(self, tensors: Sequence[Tensor], ranges: Mapping[str, Sizes]) -> torch.export.ExportedProgram:
         """The module as a torch.export program for the sizes in `ranges`, by the contract's names of dimensions.
@@ -102,7 +124,7 @@ class Handover(nn.Module):
             archive = torch.export.export(self, tuple(tensors), dynamic_shapes=(dynamic,), strict=False)
             return archive.run_decompositions({torch.ops.aten._safe_softmax.default: safe_softmax})
 
-    def _call(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    def _call(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
         form = FORMS.get(node.target)
         if form is not None:
@@ -242,6 +264,17 @@ def attention(to: Handover, node: fx.Node, values: Mapping[fx.Node, Any]) -> Ten
     return torch.where(seen.any(-1, keepdim=True), result, 0.0)
 
 
+def kv_cache_update(to: Handover, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    """The new entries and their slots; later nodes see the cache with them. Padding goes to the scratch slot."""
+    held: Any = node.args[0]
+    cache, new, slots = (values[argument] for argument in node.args[:3])
+    if str(held.target) not in to.entered:
+        return node.target(cache, new, slots)
+    index = torch.where(slots < 0, cache.shape[2] - 1, slots)[:, None, :, None].expand_as(new)
+    values[held] = cache.scatter(2, index, new.to(cache.dtype))
+    return new, slots
+
+
 def safe_softmax(scores: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     """Softmax with zeros for a row that is hidden whole, in operators that torch_tensorrt has converters for."""
     seen = scores.amax(dim, keepdim=True) > float("-inf")
@@ -257,10 +290,11 @@ def _is_product(node: fx.Node) -> bool:
     return on_codes(node) and is_carried(node)
 
 
-Form = Callable[[Handover, fx.Node, Mapping[fx.Node, Any]], Any]
+Form = Callable[[Handover, fx.Node, dict[fx.Node, Any]], Any]
 
 FORMS: Mapping[Any, Form] = {
     ops.attention.target: attention,
+    ops.kv_cache_update.target: kv_cache_update,
     ops.quantize_dequantize.target: quantize_dequantize,
     ops.quantized_embedding.target: quantized_embedding,
     ops.quantized_linear.target: quantized_linear,

@@ -54,8 +54,11 @@ def require_torch_tensorrt() -> None:
         )
 
 
-def torch_tensorrt() -> Any:
+def torch_tensorrt(otherwise: str = AHEAD) -> Any:
     """The package, with our converters registered.
+
+    Args:
+        otherwise: what an error names as the other way.
 
     Raises:
         BackendError: it is installed and cannot be imported, for want of TensorRT's libraries for instance.
@@ -67,7 +70,8 @@ def torch_tensorrt() -> Any:
         # Its import fails with bare exceptions of several kinds where a library is missing.
         raise BackendError(
             f"torch_tensorrt is installed and cannot be imported: {error}",
-            fix=f"pip install 'graphwright[torch-tensorrt]' into an environment with a CUDA build of PyTorch. {AHEAD}",
+            fix="pip install 'graphwright[torch-tensorrt]' into an environment with a CUDA build of PyTorch. "
+            + otherwise,
         ) from error
     return package
 
@@ -144,7 +148,7 @@ def left_out(partitioned: fx.GraphModule, registry: Any) -> dict[str, str]:
     found: dict[str, str] = {}
     for node in _torch_nodes(partitioned):
         name = node.meta.get("custom", {}).get(ORIGIN, node.name)
-        found.setdefault(name, _reason(node, registry))
+        found.setdefault(name, reason(node, registry))
     return found
 
 
@@ -161,7 +165,8 @@ def _makes_tensor(node: fx.Node) -> bool:
     return not isinstance(node.meta.get("val"), (torch.SymInt, int))
 
 
-def _reason(node: fx.Node, registry: Any) -> str:
+def reason(node: fx.Node, registry: Any) -> str:
+    """Why a node of what was handed over is in no engine."""
     from graphwright.backends.tensorrt.converters import refusal
 
     name = op_name(node.target)

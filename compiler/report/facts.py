@@ -141,6 +141,12 @@ def coverage_counts(report: Report) -> tuple[int, int]:
     return lowered, lowered + sum(report.coverage.get("fallbacks", {}).values())
 
 
+def lowered_by(report: Report) -> str:
+    """The backend, and what built its code where it has several ways."""
+    builder = report.coverage.get("builder")
+    return f"{report.backend} ({builder})" if builder else report.backend
+
+
 def leftovers(report: Report) -> list[tuple[str, str]]:
     """(what, why) of everything that was not rewritten, not quantized or not lowered."""
     left = [(f"backend {name} not used", why) for name, why in report.coverage.get("passed_over", {}).items()]

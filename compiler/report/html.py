@@ -94,7 +94,8 @@ def cards(report: Report) -> list[Card]:
         note = f"original {facts.figure(original)}" if original is not None else ""
         found.append(Card("Perplexity", facts.figure(float(report.accuracy["perplexity"])), "", note))
     if total:
-        found.append(Card("Lowered", _percent(lowered, total), "%", f"{lowered} of {total} ops by {report.backend}"))
+        note = f"{lowered} of {total} ops by {facts.lowered_by(report)}"
+        found.append(Card("Lowered", _percent(lowered, total), "%", note))
     value, _, unit = facts.duration(sum(report.seconds.values())).partition(" ")
     memory = facts.scaled(report.peak_memory_bytes, "B")
     return [*found, Card("Compile", value, unit, f"peak memory {memory}")]

@@ -79,7 +79,8 @@ def _facts(report: Report) -> Table:
             table.add_row("Widths", Text(f"{row['name']}: {chosen_text(row)}"))
     lowered, total = facts.coverage_counts(report)
     nodes = f"{report.nodes['before']} → {report.nodes['after']} nodes"
-    table.add_row("Graph", Text(nodes + (f", {lowered} of {total} ops lowered by {report.backend}" if total else "")))
+    by = facts.lowered_by(report)
+    table.add_row("Graph", Text(nodes + (f", {lowered} of {total} ops lowered by {by}" if total else "")))
     for label, values in (("Speed", report.speed), ("Accuracy", report.accuracy)):
         if values:
             table.add_row(label, _measured(values))

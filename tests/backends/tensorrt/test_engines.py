@@ -56,8 +56,9 @@ def rewritten(family: str, recipe: str) -> Program:
 def engine(family: str, recipe: str, arch: str = "sm_89", profiles: int = 2):
     import tempfile
 
-    from graphwright.backends.tensorrt.engine import build as build_engine
-    from graphwright.backends.tensorrt.engine import ranges, refused
+    from graphwright.backends.tensorrt.engine import ranges
+    from graphwright.backends.tensorrt.onnx_builder import build as build_engine
+    from graphwright.backends.tensorrt.onnx_builder import refused
 
     program = rewritten(family, recipe)
     with tempfile.TemporaryDirectory() as folder:
@@ -178,7 +179,7 @@ def test_a_refused_node_is_named(tmp_path: Path) -> None:
     import onnx
     from onnx import TensorProto, helper
 
-    from graphwright.backends.tensorrt.engine import refused
+    from graphwright.backends.tensorrt.onnx_builder import refused
 
     node = helper.make_node("StringNormalizer", ["x"], ["y"], name="odd/StringNormalizer_0")
     names = [helper.make_tensor_value_info(n, TensorProto.STRING, ["n"]) for n in "xy"]

@@ -25,6 +25,7 @@ from graphwright import ops, packing
 from graphwright.backend import region_coverage
 from graphwright.backends.tensorrt import BACKEND, executable, jit
 from graphwright.backends.tensorrt.handover import Handover
+from graphwright.backends.tensorrt.no_gpu import questions_answered
 from graphwright.capture import capture
 from graphwright.dynamo import to_cpu
 from graphwright.errors import BackendError
@@ -346,8 +347,9 @@ def test_coverage_of_a_backend_that_knows_before() -> None:
 
 
 def test_torch_tensorrt_takes_what_has_a_converter() -> None:
-    pytest.importorskip("torch_tensorrt", exc_type=Exception)
-    registry = jit.torch_tensorrt().dynamo.conversion.DYNAMO_CONVERTERS
+    with questions_answered("sm_89"):
+        pytest.importorskip("torch_tensorrt", exc_type=Exception)
+        registry = jit.torch_tensorrt().dynamo.conversion.DYNAMO_CONVERTERS
     program = rewritten("llama", "int4-fp16")
     archive = Handover(program, torch.device("cpu")).exported(padded(program), {})
     flat = archive.module().graph  # weights are attributes there, as the package reads them

@@ -61,13 +61,12 @@ def torch_part(part: Part, file: Path):
 
 
 def planned(program: Program, folder: Path, left: Mapping[str, str] | None = None):
-    from graphwright.backends.tensorrt import BACKEND, plan
-    from graphwright.target import Target
+    from graphwright.backends.tensorrt import plan
+    from graphwright.backends.tensorrt.onnx_builder import OnnxBuilder
 
-    target = Target.parse("tensorrt:sm_89")
-    answers = {node.name: BACKEND.supports(node, target) for node in program.calls()}
+    answers = {node.name: OnnxBuilder().supports(node) for node in program.calls()}
     reasons = {name: answer.reason for name, answer in answers.items() if not answer.ok}
-    return plan.plan(program, reasons | dict(left or {}), folder)
+    return plan.plan(program, reasons | dict(left or {}), folder, OnnxBuilder())
 
 
 def check_numbers(program: Program, found, folder: Path, limit: float) -> None:
@@ -108,7 +107,7 @@ def test_a_refusal_of_the_parser_cuts_the_program_there(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if the parser took no attention of the second layer; names are those that it gives."""
-    from graphwright.backends.tensorrt import plan
+    from graphwright.backends.tensorrt import onnx_builder
 
     program = rewritten(family, "fp32")
     second = [node.name for node in program.calls() if node.target is graphwright.ops.attention.target][1]
@@ -121,7 +120,7 @@ def test_a_refusal_of_the_parser_cuts_the_program_there(
         names = [node.name for node in onnx.load(path, load_external_data=False).graph.node]
         return {name: "no such attention" for name in names if name.startswith(f"{second}/Softmax")}
 
-    monkeypatch.setattr(plan.engine, "refused", refused)
+    monkeypatch.setattr(onnx_builder, "refused", refused)
     found = planned(program, tmp_path)
     assert found.left == {second: "TensorRT's parser: no such attention"}
     assert [part.taken for part in found.parts] == [True, False, True]
@@ -141,21 +140,23 @@ def test_a_part_that_is_too_small_stays_out_with_the_reason(tmp_path: Path) -> N
 
 @needs_tensorrt
 def test_what_the_builder_refuses_is_left_out_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from graphwright.backends.tensorrt import plan
+    from graphwright.backends.tensorrt import onnx_builder, plan
+    from graphwright.backends.tensorrt.engine import BuildError
     from graphwright.target import Target
 
     program = rewritten("llama", "fp32")
     node = next(n.name for n in program.calls() if n.target is graphwright.ops.gated_activation.target)
-    real, calls = plan.engine.build, []
+    real, calls = onnx_builder.build, []
 
     def build_engine(path, profiles, arch, progress):
         calls.append(path)
         if len(calls) == 1:
-            raise plan.engine.BuildError(f"Could not find any implementation for node {node}/Mul_17")
+            raise BuildError(f"Could not find any implementation for node {node}/Mul_17")
         return real(path, profiles, arch, progress)
 
-    monkeypatch.setattr(plan.engine, "build", build_engine)
-    facts = plan.build(program, {}, Target.parse("tensorrt:sm_89"), tmp_path, lambda _text, _fraction: None)
+    monkeypatch.setattr(onnx_builder, "build", build_engine)
+    builder, target = onnx_builder.OnnxBuilder(), Target.parse("tensorrt:sm_89")
+    facts = plan.build(program, {}, builder, target, tmp_path, lambda _text, _fraction: None)
     assert list(facts["left"]) == [node]
     assert facts["left"][node].startswith("TensorRT's builder: Could not find any implementation")
     assert [part["kind"] for part in facts["parts"]] == ["engine", "torch", "engine"]
