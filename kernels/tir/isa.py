@@ -31,6 +31,7 @@ class Isa:
         dot: the instruction.
         signed: it takes both operands signed, so unsigned weights of 8 bits are read minus 128.
         tiles: there are tile registers besides, for products of many rows.
+        dot_nibbles: what takes the place of `dot` for weights below 16, or None.
         pick_bytes: of uint8x4L by uint8x4L below 16, or None where nothing does so at once.
         pick_floats: of float32xL by the lowest two bits of int32xL, or None.
     """
@@ -41,6 +42,7 @@ class Isa:
     dot: Dot
     signed: bool = False
     tiles: bool = False
+    dot_nibbles: Dot | None = None
     pick_bytes: Pick | None = None
     pick_floats: Pick | None = None
 
@@ -57,25 +59,42 @@ def _intrinsic(name: str) -> Dot:
     return dot
 
 
-def _by_words(multiply_add: str) -> Dot:
-    """Even and odd bytes as 16-bit words, whose products are added in pairs: exact, unlike the byte instruction."""
+def _by_words(multiply_bytes: str, add_pairs: str) -> Dot:
+    """Products of weights below 16, added in pairs to 16-bit words, and these in pairs to the sums.
+
+    No pair leaves the range of a word, in which the first instruction would saturate: 2 * 15 * 127 is less than 2^15.
+    """
 
     def dot(sums: Any, weights: Any, codes: Any, lanes: int) -> Any:
         words = f"int16x{2 * lanes}"
-
-        def constant(value: int) -> Any:
-            return splat(tirx.const(value, "int16"), 2 * lanes)
-
-        weight = tirx.reinterpret(words, weights)
-        code = tirx.reinterpret(words, codes)
-        even, odd = (code << constant(8)) >> constant(8), code >> constant(8)
-        low = weight & constant(255)
-        high = (weight >> constant(8)) & constant(255)
-        for left, right in ((low, even), (high, odd)):
-            sums = sums + tirx.call_llvm_pure_intrin(f"int32x{lanes}", multiply_add, left, right)
-        return sums
+        spread = tirx.reinterpret(f"int8x{4 * lanes}", codes)
+        pairs = tirx.call_llvm_pure_intrin(words, multiply_bytes, weights, spread)
+        ones = splat(tirx.const(1, "int16"), 2 * lanes)
+        return sums + tirx.call_llvm_pure_intrin(f"int32x{lanes}", add_pairs, pairs, ones)
 
     return dot
+
+
+def _by_size(dot: Dot, with_sign: Callable[[Any, Any, int], Any]) -> Dot:
+    """`_by_words` for signed weights: their sizes times codes with their signs; 2 * 128 * 127 is less than 2^15 too."""
+
+    def signed_dot(sums: Any, weights: Any, codes: Any, lanes: int) -> Any:
+        signed = tirx.reinterpret(f"int8x{4 * lanes}", weights)
+        no_poison = tirx.const(False, "bool")
+        size = tirx.call_llvm_pure_intrin(f"int8x{4 * lanes}", f"llvm.abs.v{4 * lanes}i8", signed, no_poison)
+        code = with_sign(tirx.reinterpret(f"int8x{4 * lanes}", codes), signed, 4 * lanes)
+        return dot(sums, tirx.reinterpret(f"uint8x{4 * lanes}", size), code, lanes)
+
+    return signed_dot
+
+
+def _sign_256(codes: Any, weights: Any, lanes: int) -> Any:
+    return tirx.call_llvm_pure_intrin(f"int8x{lanes}", "llvm.x86.avx2.psign.b", codes, weights)
+
+
+def _sign_512(codes: Any, weights: Any, lanes: int) -> Any:
+    none = splat(tirx.const(0, "int8"), lanes)
+    return tirx.Select(weights < none, none - codes, codes)
 
 
 def _generic(sums: Any, weights: Any, codes: Any, lanes: int) -> Any:
@@ -101,6 +120,9 @@ _HALF = {
 }
 _NEON = {"pick_bytes": _picking("llvm.aarch64.neon.tbl1.v16i8", "uint8x16")}
 
+_WORDS_512 = _by_words("llvm.x86.avx512.pmaddubs.w.512", "llvm.x86.avx512.pmaddw.d.512")
+_WORDS_256 = _by_words("llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd")
+
 VNNI = Isa(
     "avx512_vnni", frozenset({"avx512_vnni", "avx512bw"}), 16, _intrinsic("llvm.x86.avx512.vpdpbusd.512"), **_WIDE
 )
@@ -109,8 +131,16 @@ ISAS = (
     replace(VNNI, name="amx", needs=VNNI.needs | {"amx_int8", "amx_bf16"}, tiles=True),
     VNNI,
     Isa("avx_vnni", frozenset({"avx_vnni", "avx2"}), 8, _intrinsic("llvm.x86.avx512.vpdpbusd.256"), **_HALF),
-    Isa("avx512bw", frozenset({"avx512bw"}), 16, _by_words("llvm.x86.avx512.pmaddw.d.512"), **_WIDE),
-    Isa("avx2", frozenset({"avx2"}), 8, _by_words("llvm.x86.avx2.pmadd.wd"), **_HALF),
+    Isa(
+        "avx512bw",
+        frozenset({"avx512bw"}),
+        16,
+        _by_size(_WORDS_512, _sign_512),
+        signed=True,
+        dot_nibbles=_WORDS_512,
+        **_WIDE,
+    ),
+    Isa("avx2", frozenset({"avx2"}), 8, _by_size(_WORDS_256, _sign_256), signed=True, dot_nibbles=_WORDS_256, **_HALF),
     Isa("i8mm", frozenset({"i8mm"}), 4, _intrinsic("llvm.aarch64.neon.usdot.v4i32.v16i8"), **_NEON),
     Isa("asimddp", frozenset({"asimddp"}), 4, _intrinsic("llvm.aarch64.neon.sdot.v4i32.v16i8"), signed=True, **_NEON),
     Isa("generic", frozenset(), 4, _generic),

@@ -33,7 +33,7 @@ from graphwright.kernels.tir.emit import (
     zeros,
 )
 from graphwright.kernels.tir.halves import STORED, dense_quads, picked_codes, words
-from graphwright.kernels.tir.isa import Isa
+from graphwright.kernels.tir.isa import Dot, Isa
 from graphwright.kernels.tir.linear import Epilogue, Linear, Schedule, Weight, clear
 from graphwright.kernels.tir.quantize import CodeBuffers, CodeRow
 from graphwright.kernels.tir.tiles import CHUNK, ROWS, STEP, unsigned_zero
@@ -167,6 +167,10 @@ class _Buffers:
         layer = self.layer
         return tile * layer.groups + (span * self.span // layer.group_size if self.grouped else span)
 
+    def dot(self, isa: Isa) -> Dot:
+        """The instruction set's dot product for weights of this format."""
+        return (isa.dot_nibbles if self.layer.format != "int8" else None) or isa.dot
+
     def finish(self, row: Any, tiles: list[Any], totals: list[Flat], lanes: int) -> None:
         """Ends a row; a step of the whole row is applied here."""
         self.epilogue.finish(row, tiles, totals, lanes, None if self.grouped else let(self.codes.step(row)))
@@ -202,7 +206,7 @@ def _streamed(b: _Buffers, isa: Isa, tile: Any, rows: list[Any]) -> list[Flat]:
                     place = half % chains * ROWS + lane
                     for row, line in zip(rows, sums, strict=True):
                         code = splat(b.codes.quad(row, quad), lanes)
-                        line.put(place, isa.dot(line.vec(place, lanes), weights, code, lanes), lanes)
+                        line.put(place, b.dot(isa)(line.vec(place, lanes), weights, code, lanes), lanes)
         for lane in range(0, ROWS, lanes):
             scale = let(b.weight.scale(at, lane, lanes))
             for row, total, line in zip(rows, totals, sums, strict=True):
@@ -278,8 +282,8 @@ def _streamed_halves(b: _Buffers, isa: Isa, tile: Any, rows: list[Any]) -> list[
                     for row, line in zip(rows, sums, strict=True):
                         eight = b.codes.eight(row, chunk * 4 + quad)
                         codes = let(picked_codes(isa.pick_bytes, eight, places, quad, lanes))
-                        line.put(lane, isa.dot(line.vec(lane, lanes), weights, codes, lanes), lanes)
-                        line.put(ROWS + lane, isa.dot(line.vec(ROWS + lane, lanes), ones, codes, lanes), lanes)
+                        line.put(lane, b.dot(isa)(line.vec(lane, lanes), weights, codes, lanes), lanes)
+                        line.put(ROWS + lane, b.dot(isa)(line.vec(ROWS + lane, lanes), ones, codes, lanes), lanes)
         for lane in range(0, ROWS, lanes):
             scale, zero = let(b.weight.scale(at, lane, lanes)), let(_signed_zero(b, isa, at, lane))
             for row, total, line in zip(rows, totals, sums, strict=True):
@@ -324,7 +328,7 @@ def _row_block(b: _Buffers, isa: Isa, rows: list[Any], tiles: list[Any], weights
                 for i, row in enumerate(rows):
                     code = splat(let(b.codes.quad(row, place)), lanes)
                     for j, weight in enumerate(loaded):
-                        sums[i][j].put(lane, isa.dot(sums[i][j].vec(lane, lanes), weight, code, lanes), lanes)
+                        sums[i][j].put(lane, b.dot(isa)(sums[i][j].vec(lane, lanes), weight, code, lanes), lanes)
         for j, tile in enumerate(tiles):
             for lane in range(0, ROWS, lanes):
                 scale = let(b.weight.scale(b.group(tile, span), lane, lanes))
