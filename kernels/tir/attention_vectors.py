@@ -6,6 +6,7 @@ lanes and keys need no transposition; blocks of keys that no row of a task can s
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tvm import tirx
@@ -21,36 +22,62 @@ from graphwright.kernels.tir.attention import (
     score_of,
     visible,
 )
-from graphwright.kernels.tir.emit import Flat, Layout, T, ceil_div, floats, let, local, loop, minimum, splat, widest
+from graphwright.kernels.tir.emit import (
+    LANES,
+    Flat,
+    Layout,
+    T,
+    ceil_div,
+    floats,
+    let,
+    local,
+    loop,
+    minimum,
+    splat,
+    widest,
+)
 from graphwright.kernels.tir.functions import constant, exp
 
 KEY_BLOCK = 32
 """Keys of one step of the online softmax."""
 
-VECTORS = 4
-"""Vectors of 16 rows that a task computes."""
+WIDE, NARROW = (4, 4), (2, 2)
+"""Vectors of 16 rows that a task computes, and keys or channels that it goes through at a time.
+
+Sums of all of them stay in registers: of 16 floats, or as many floats in others.
+"""
 
 
-def prefill(a: Attention, o: Operands, parts: int) -> tirx.PrimFunc:
-    """The kernel for any number of queries; writes out [B, S, H, Dv]. `parts` are those of `attention.decode`."""
-    return attention.prefill(_tasks, a, o, parts)
+def prefill(a: Attention, o: Operands, parts: int, lanes: int = LANES) -> tirx.PrimFunc:
+    """The kernel for any number of queries; writes out [B, S, H, Dv].
+
+    Args:
+        a: the attention.
+        o: where its tensors lie.
+        parts: those of `attention.decode`.
+        lanes: floats in a register; those of 16 are taken to be 32.
+    """
+    block = WIDE if lanes == LANES else NARROW
+    return attention.prefill(partial(_tasks, block), a, o, parts)
 
 
-def _tasks(b: Buffers, batch: Any, rows: Any) -> None:
-    blocks = let(ceil_div(rows, 16 * VECTORS))
+def _tasks(block: tuple[int, int], b: Buffers, batch: Any, rows: Any) -> None:
+    width = 16 * block[0]
+    blocks = let(ceil_div(rows, width))
     kv_heads = b.a.kv_heads
     with T.parallel(0, batch * kv_heads * blocks) as task:
         sequence, head = let(task // (blocks * kv_heads)), let(task // blocks % kv_heads)
-        _Rows(b, sequence, head, let(task % blocks * (16 * VECTORS)), rows).emit()
+        _Rows(b, block, sequence, head, let(task % blocks * width), rows).emit()
 
 
 class _Rows:
     """Rows that one task computes: consecutive (query, head) pairs of one key-value head, across vector lanes."""
 
-    def __init__(self, b: Buffers, sequence: Any, head: Any, first: Any, rows: Any) -> None:
+    def __init__(self, b: Buffers, block: tuple[int, int], sequence: Any, head: Any, first: Any, rows: Any) -> None:
         self.b, self.a, self.o = b, b.a, b.o
         self.sequence, self.head, self.first, self.rows = sequence, head, first, rows
-        self.vectors, self.width = VECTORS, 16 * VECTORS
+        self.vectors, self.step = block
+        self.width = 16 * self.vectors
         self.query = local(self.a.head_dim * self.width, "float32")
         self.values = local(self.a.value_dim * self.width, "float32")
         self.weights = local(KEY_BLOCK * self.width, "float32")
@@ -110,16 +137,16 @@ class _Rows:
         return any_seen(self.a, key_range(positions, KEY_BLOCK), self.range[0], self.range[1])
 
     def _scores(self, start: Any) -> None:
-        """weights[key, row] = key · query; four keys and all rows at a time."""
-        a, step = self.a, 4
+        """weights[key, row] = key · query; a few keys and all rows at a time."""
+        a, step = self.a, self.step
         keys, begin = self._as_floats(self.b.key, self.o.key, a.head_dim, start)
-        with loop(KEY_BLOCK // step) as quad:
+        with loop(KEY_BLOCK // step) as part:
             sums = local(step * self.width, "float32")
             for i in range(step * self.vectors):
                 sums.put(i * 16, constant(0.0, 16))
             last = self.o.key.shape[2] - 1
-            places = [let(minimum(start + quad * step + i, last)) for i in range(step)]
-            starts = [let(begin(quad * step + i)) for i in range(step)]
+            places = [let(minimum(start + part * step + i, last)) for i in range(step)]
+            starts = [let(begin(part * step + i)) for i in range(step)]
             scales = self.b.scales("key", self.sequence, self.head, places)
             with loop(a.head_dim) as d:
                 rows = [let(self.query.vec(d * self.width + 16 * v)) for v in range(self.vectors)]
@@ -127,7 +154,7 @@ class _Rows:
             for i in range(step * self.vectors):
                 sum_ = sums.vec(i * 16)
                 scaled = sum_ if scales is None else sum_ * splat(scales[i // self.vectors])
-                self.weights.put(quad * (step * self.width) + i * 16, scaled)
+                self.weights.put(part * (step * self.width) + i * 16, scaled)
 
     def _as_floats(self, buffer: Flat, layout: Layout, width: int, start: Any) -> tuple[Flat, Callable[[Any], Any]]:
         """A block of keys or values as float32, and where each of them begins; floats stay where they are."""
@@ -184,22 +211,22 @@ class _Rows:
             self.total.put(at, sums.vec(0))
 
     def _accumulate(self, start: Any) -> None:
-        """values[channel, row] += value · weights; four channels and all rows at a time."""
-        step = 4 if self.a.value_dim % 4 == 0 else 1
+        """values[channel, row] += value · weights; a few channels and all rows at a time."""
+        step = self.step if self.a.value_dim % self.step == 0 else 1
         values, begin = self._as_floats(self.b.value, self.o.value, self.a.value_dim, start)
         self._scale_weights(start)
-        with loop(self.a.value_dim // step) as quad:
+        with loop(self.a.value_dim // step) as part:
             sums = local(step * self.width, "float32")
             for i in range(step):
                 for v in range(self.vectors):
-                    place = (quad * step + i) * self.width + 16 * v
+                    place = (part * step + i) * self.width + 16 * v
                     sums.put(i * self.width + 16 * v, self.values.vec(place) * self.fade.vec(16 * v))
             with loop(KEY_BLOCK) as key:
-                at = let(begin(key) + quad * step)
+                at = let(begin(key) + part * step)
                 rows = [let(self.weights.vec(key * self.width + 16 * v)) for v in range(self.vectors)]
                 self._outer(sums, [values[at + i] for i in range(step)], rows)
             for i in range(step * self.vectors):
-                self.values.put(quad * (step * self.width) + i * 16, sums.vec(i * 16))
+                self.values.put(part * (step * self.width) + i * 16, sums.vec(i * 16))
 
     def _scale_weights(self, start: Any) -> None:
         """Multiplies weights by the scales of values that are codes."""

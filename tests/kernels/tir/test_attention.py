@@ -4,11 +4,12 @@ import itertools
 
 import pytest
 import torch
-from kernels.tir.running import dense, nowhere, run, size
+from kernels.tir.running import HOST, dense, nowhere, run, size
 
 from graphwright.backends.tvm.translate import dtype_of
 from graphwright.kernels.tir import attention as kernels
 from graphwright.kernels.tir import attention_vectors
+from graphwright.kernels.tir.isa import choose
 from graphwright.numerics import relative_error
 from graphwright.ops import attention, dequantize_tokens, quantize_tokens
 
@@ -19,7 +20,9 @@ TOLERANCE = 2e-5
 SAMPLES = [s for s in attention.samples_of(torch.float32) if s.args[5] is None]
 
 
-def kernel_output(sample, decode: bool, parts: int = 3, scales: tuple = ()) -> torch.Tensor:
+def kernel_output(
+    sample, decode: bool, parts: int = 3, scales: tuple = (), lanes: int = choose(HOST.features).lanes
+) -> torch.Tensor:
     """[B, H, S, Dv] of the kernel for a sample of the op; with `scales`, keys and values are codes."""
     query, key, value, query_at, key_at, _, slopes, sinks, scale, causal, *rest = sample
     batch, heads, length, head_dim = query.shape
@@ -57,7 +60,7 @@ def kernel_output(sample, decode: bool, parts: int = 3, scales: tuple = ()) -> t
         parts_out = nowhere(batch, kv_heads, parts, heads // kv_heads, value_dim + 2)
         run(kernels.decode(described, operands, parts), *given, out, parts_out)
     else:
-        run(attention_vectors.prefill(described, operands, parts), *given, out)
+        run(attention_vectors.prefill(described, operands, parts, lanes), *given, out)
     return out.transpose(1, 2)
 
 
@@ -83,6 +86,16 @@ def test_head_shapes(head_dim, heads, kv_heads):
         assert relative_error(kernel_output(sample, decode=False), expected) < TOLERANCE
         if queries == 1:
             assert relative_error(kernel_output(sample, decode=True), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_registers_of_any_width(lanes):
+    """Compiled for this machine, whose code generator makes do with the registers that there are."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 6, 35, 24), torch.randn(2, 2, 70, 24), torch.randn(2, 2, 70, 22)
+    query_at = torch.arange(35, 70)[None].repeat(2, 1)
+    sample = (query, key, value, query_at, torch.arange(70)[None], None, None, torch.randn(6), 0.2, True)
+    assert relative_error(kernel_output(sample, decode=False, lanes=lanes), attention(*sample)) < TOLERANCE
 
 
 OPTIONS_OF_FEW = ((), (5,), (0, 7), (0, 0, 3, 30.0))
