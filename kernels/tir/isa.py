@@ -7,7 +7,7 @@ weights that are stored without their zeros need.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from tvm import tirx
 
@@ -21,6 +21,28 @@ Pick = Callable[[Any, Any], Any]
 
 
 @dataclass(frozen=True)
+class Words:
+    """Products of weights below 16 with codes, added up in 16-bit words before they are added to sums.
+
+    No word leaves its range: 2 * `MOST` * 15 * 127 is less than 2^15.
+
+    Attributes:
+        multiply: (weights uint8x4L, four codes as int32xL, L) -> products added in pairs, int16x2L.
+        add: (sums int32xL, words int16x2L, L) -> sums int32xL.
+    """
+
+    multiply: Callable[[Any, Any, int], Any]
+    add: Callable[[Any, Any, int], Any]
+
+    MOST: ClassVar[int] = 8
+    """How many products may be added to one another."""
+
+    def dot(self, sums: Any, weights: Any, codes: Any, lanes: int) -> Any:
+        """A dot product at a time."""
+        return self.add(sums, self.multiply(weights, codes, lanes), lanes)
+
+
+@dataclass(frozen=True)
 class Isa:
     """An instruction set.
 
@@ -31,7 +53,7 @@ class Isa:
         dot: the instruction.
         signed: it takes both operands signed, so unsigned weights of 8 bits are read minus 128.
         tiles: there are tile registers besides, for products of many rows.
-        dot_nibbles: what takes the place of `dot` for weights below 16, or None.
+        words: what is faster than `dot` for weights below 16, or None.
         pick_bytes: of uint8x4L by uint8x4L below 16, or None where nothing does so at once.
         pick_floats: of float32xL by the lowest two bits of int32xL, or None.
     """
@@ -42,7 +64,7 @@ class Isa:
     dot: Dot
     signed: bool = False
     tiles: bool = False
-    dot_nibbles: Dot | None = None
+    words: Words | None = None
     pick_bytes: Pick | None = None
     pick_floats: Pick | None = None
 
@@ -59,31 +81,27 @@ def _intrinsic(name: str) -> Dot:
     return dot
 
 
-def _by_words(multiply_bytes: str, add_pairs: str) -> Dot:
-    """Products of weights below 16, added in pairs to 16-bit words, and these in pairs to the sums.
-
-    No pair leaves the range of a word, in which the first instruction would saturate: 2 * 15 * 127 is less than 2^15.
-    """
-
-    def dot(sums: Any, weights: Any, codes: Any, lanes: int) -> Any:
-        words = f"int16x{2 * lanes}"
+def _words(multiply_bytes: str, add_pairs: str) -> Words:
+    def multiply(weights: Any, codes: Any, lanes: int) -> Any:
         spread = tirx.reinterpret(f"int8x{4 * lanes}", codes)
-        pairs = tirx.call_llvm_pure_intrin(words, multiply_bytes, weights, spread)
+        return tirx.call_llvm_pure_intrin(f"int16x{2 * lanes}", multiply_bytes, weights, spread)
+
+    def add(sums: Any, words: Any, lanes: int) -> Any:
         ones = splat(tirx.const(1, "int16"), 2 * lanes)
-        return sums + tirx.call_llvm_pure_intrin(f"int32x{lanes}", add_pairs, pairs, ones)
+        return sums + tirx.call_llvm_pure_intrin(f"int32x{lanes}", add_pairs, words, ones)
 
-    return dot
+    return Words(multiply, add)
 
 
-def _by_size(dot: Dot, with_sign: Callable[[Any, Any, int], Any]) -> Dot:
-    """`_by_words` for signed weights: their sizes times codes with their signs; 2 * 128 * 127 is less than 2^15 too."""
+def _by_size(words: Words, with_sign: Callable[[Any, Any, int], Any]) -> Dot:
+    """Signed weights: their sizes times codes with their signs. A pair of these fits a word: 2 * 128 * 127 < 2^15."""
 
     def signed_dot(sums: Any, weights: Any, codes: Any, lanes: int) -> Any:
         signed = tirx.reinterpret(f"int8x{4 * lanes}", weights)
         no_poison = tirx.const(False, "bool")
         size = tirx.call_llvm_pure_intrin(f"int8x{4 * lanes}", f"llvm.abs.v{4 * lanes}i8", signed, no_poison)
         code = with_sign(tirx.reinterpret(f"int8x{4 * lanes}", codes), signed, 4 * lanes)
-        return dot(sums, tirx.reinterpret(f"uint8x{4 * lanes}", size), code, lanes)
+        return words.dot(sums, tirx.reinterpret(f"uint8x{4 * lanes}", size), code, lanes)
 
     return signed_dot
 
@@ -120,8 +138,8 @@ _HALF = {
 }
 _NEON = {"pick_bytes": _picking("llvm.aarch64.neon.tbl1.v16i8", "uint8x16")}
 
-_WORDS_512 = _by_words("llvm.x86.avx512.pmaddubs.w.512", "llvm.x86.avx512.pmaddw.d.512")
-_WORDS_256 = _by_words("llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd")
+_WORDS_512 = _words("llvm.x86.avx512.pmaddubs.w.512", "llvm.x86.avx512.pmaddw.d.512")
+_WORDS_256 = _words("llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd")
 
 VNNI = Isa(
     "avx512_vnni", frozenset({"avx512_vnni", "avx512bw"}), 16, _intrinsic("llvm.x86.avx512.vpdpbusd.512"), **_WIDE
@@ -137,10 +155,10 @@ ISAS = (
         16,
         _by_size(_WORDS_512, _sign_512),
         signed=True,
-        dot_nibbles=_WORDS_512,
+        words=_WORDS_512,
         **_WIDE,
     ),
-    Isa("avx2", frozenset({"avx2"}), 8, _by_size(_WORDS_256, _sign_256), signed=True, dot_nibbles=_WORDS_256, **_HALF),
+    Isa("avx2", frozenset({"avx2"}), 8, _by_size(_WORDS_256, _sign_256), signed=True, words=_WORDS_256, **_HALF),
     Isa("i8mm", frozenset({"i8mm"}), 4, _intrinsic("llvm.aarch64.neon.usdot.v4i32.v16i8"), **_NEON),
     Isa("asimddp", frozenset({"asimddp"}), 4, _intrinsic("llvm.aarch64.neon.sdot.v4i32.v16i8"), signed=True, **_NEON),
     Isa("generic", frozenset(), 4, _generic),

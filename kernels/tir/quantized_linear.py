@@ -33,7 +33,7 @@ from graphwright.kernels.tir.emit import (
     zeros,
 )
 from graphwright.kernels.tir.halves import STORED, dense_quads, picked_codes, words
-from graphwright.kernels.tir.isa import Dot, Isa
+from graphwright.kernels.tir.isa import Dot, Isa, Words
 from graphwright.kernels.tir.linear import Epilogue, Linear, Schedule, Weight, clear
 from graphwright.kernels.tir.quantize import CodeBuffers, CodeRow
 from graphwright.kernels.tir.tiles import CHUNK, ROWS, STEP, unsigned_zero
@@ -167,9 +167,14 @@ class _Buffers:
         layer = self.layer
         return tile * layer.groups + (span * self.span // layer.group_size if self.grouped else span)
 
+    def words(self, isa: Isa) -> Words | None:
+        """The instruction set's products in words, where it has them and weights are small enough."""
+        return isa.words if self.layer.format != "int8" else None
+
     def dot(self, isa: Isa) -> Dot:
         """The instruction set's dot product for weights of this format."""
-        return (isa.dot_nibbles if self.layer.format != "int8" else None) or isa.dot
+        words = self.words(isa)
+        return words.dot if words else isa.dot
 
     def finish(self, row: Any, tiles: list[Any], totals: list[Flat], lanes: int) -> None:
         """Ends a row; a step of the whole row is applied here."""
@@ -184,8 +189,9 @@ class _Buffers:
 def _streamed(b: _Buffers, isa: Isa, tile: Any, rows: list[Any]) -> list[Flat]:
     """Sums of one tile for each of some rows, before the activations' scales."""
     lanes = isa.lanes
+    words = b.words(isa)
     # A single row has two sums, or every product would wait for the one before it.
-    chains = 2 if len(rows) == 1 else 1
+    chains = 2 if len(rows) == 1 and not words else 1
     totals = [local(ROWS, "float32") for _ in rows]
     sums = [local(chains * ROWS, "int32") for _ in rows]
     for total in totals:
@@ -199,14 +205,18 @@ def _streamed(b: _Buffers, isa: Isa, tile: Any, rows: list[Any]) -> list[Flat]:
                     line.put(ROWS + lane, zeros("int32", lanes), lanes)
         with loop(b.turns) if b.turns > 16 else T.unroll(0, b.turns) as v:
             for lane in range(0, ROWS, lanes):
-                found = _quads(b, isa, tile, span, v, lane)
-                for half, weights in enumerate(found):
-                    weights = let(weights)
-                    quad = span * b.quads + v * len(found) + half
-                    place = half % chains * ROWS + lane
-                    for row, line in zip(rows, sums, strict=True):
-                        code = splat(b.codes.quad(row, quad), lanes)
-                        line.put(place, b.dot(isa)(line.vec(place, lanes), weights, code, lanes), lanes)
+                found = [let(weights) for weights in _quads(b, isa, tile, span, v, lane)]
+                first = span * b.quads + v * len(found)
+                for row, line in zip(rows, sums, strict=True):
+                    codes = [splat(b.codes.quad(row, first + half), lanes) for half in range(len(found))]
+                    if words:
+                        line.put(
+                            lane, words.add(line.vec(lane, lanes), _added(words, found, codes, lanes), lanes), lanes
+                        )
+                        continue
+                    for half, (weights, code) in enumerate(zip(found, codes, strict=True)):
+                        place = half % chains * ROWS + lane
+                        line.put(place, isa.dot(line.vec(place, lanes), weights, code, lanes), lanes)
         for lane in range(0, ROWS, lanes):
             scale = let(b.weight.scale(at, lane, lanes))
             for row, total, line in zip(rows, totals, sums, strict=True):
@@ -214,6 +224,12 @@ def _streamed(b: _Buffers, isa: Isa, tile: Any, rows: list[Any]) -> list[Flat]:
                 value = b.scaled(sum(parts[1:], parts[0]), scale, row, span, lanes)
                 total.put(lane, total.vec(lane, lanes) + value, lanes)
     return totals
+
+
+def _added(words: Words, weights: list[Any], codes: list[Any], lanes: int) -> Any:
+    """Products of at most `Words.MOST` quads, int16x2L."""
+    products = [words.multiply(weight, code, lanes) for weight, code in zip(weights, codes, strict=True)]
+    return sum(products[1:], products[0])
 
 
 def _quads(b: _Buffers, isa: Isa, tile: Any, span: Any, turn: Any, lane: int) -> list[Any]:
@@ -312,6 +328,8 @@ def _row_block(b: _Buffers, isa: Isa, rows: list[Any], tiles: list[Any], weights
     lanes = isa.lanes
     totals = [[local(ROWS, "float32") for _ in tiles] for _ in rows]
     sums = [[local(ROWS, "int32") for _ in tiles] for _ in rows]
+    depth = next(n for n in (Words.MOST, 4, 2, 1) if b.quads % n == 0) if b.words(isa) else 1
+    turns = b.quads // depth
     for line in totals:
         for total in line:
             clear(total, ROWS, "float32", lanes)
@@ -321,14 +339,10 @@ def _row_block(b: _Buffers, isa: Isa, rows: list[Any], tiles: list[Any], weights
                 for lane in range(0, ROWS, lanes):
                     start = _start(b, isa, b.group(tile, span), lane, b.codes.sum(row, span))
                     sums[i][j].put(lane, start, lanes)
-        with loop(b.quads) if b.quads > 16 else T.unroll(0, b.quads) as quad:
-            place = let(span * b.quads + quad)
+        with loop(turns) if b.quads > 16 else T.unroll(0, turns) as turn:
+            places = [let(span * b.quads + turn * depth + quad) for quad in range(depth)]
             for lane in range(0, ROWS, lanes):
-                loaded = [let(_bytes(b, isa, w, t, place, lane)) for w, t in zip(weights, tiles, strict=True)]
-                for i, row in enumerate(rows):
-                    code = splat(let(b.codes.quad(row, place)), lanes)
-                    for j, weight in enumerate(loaded):
-                        sums[i][j].put(lane, b.dot(isa)(sums[i][j].vec(lane, lanes), weight, code, lanes), lanes)
+                _products(b, isa, rows, tiles, weights, places, lane, sums)
         for j, tile in enumerate(tiles):
             for lane in range(0, ROWS, lanes):
                 scale = let(b.weight.scale(b.group(tile, span), lane, lanes))
@@ -337,6 +351,35 @@ def _row_block(b: _Buffers, isa: Isa, rows: list[Any], tiles: list[Any], weights
                     value = b.scaled(sums[i][j].vec(lane, lanes), scale, row, span, lanes)
                     total.put(lane, total.vec(lane, lanes) + value, lanes)
     return totals
+
+
+def _products(
+    b: _Buffers,
+    isa: Isa,
+    rows: list[Any],
+    tiles: list[Any],
+    weights: list[Flat],
+    places: list[Any],
+    lane: int,
+    sums: list[list[Flat]],
+) -> None:
+    """Adds the products of some quads to the sums [row][tile], in `lanes` lanes from `lane` on."""
+    lanes, words = isa.lanes, b.words(isa)
+    held = [[local(2 * lanes, "int16") for _ in tiles] for _ in rows] if words else []
+    for at, place in enumerate(places):
+        loaded = [let(_bytes(b, isa, w, t, place, lane)) for w, t in zip(weights, tiles, strict=True)]
+        for i, row in enumerate(rows):
+            code = splat(let(b.codes.quad(row, place)), lanes)
+            for j, weight in enumerate(loaded):
+                if words:
+                    product_ = words.multiply(weight, code, lanes)
+                    held[i][j].put(0, held[i][j].vec(0, 2 * lanes) + product_ if at else product_, 2 * lanes)
+                else:
+                    sums[i][j].put(lane, isa.dot(sums[i][j].vec(lane, lanes), weight, code, lanes), lanes)
+    if words:
+        for line, sums_line in zip(held, sums, strict=True):
+            for word, sum_ in zip(line, sums_line, strict=True):
+                sum_.put(lane, words.add(sum_.vec(lane, lanes), word.vec(0, 2 * lanes), lanes), lanes)
 
 
 def _signed(b: _Buffers, isa: Isa, tile: Any) -> Flat:
