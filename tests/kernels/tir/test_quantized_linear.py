@@ -42,14 +42,14 @@ LAYERS = [
 ]
 
 
-def made(rows: int, case: tuple) -> tuple[Linear, list[torch.Tensor], torch.Tensor]:
+def made(rows: int, case: tuple, draw=torch.randn) -> tuple[Linear, list[torch.Tensor], torch.Tensor]:
     """A layer, the arguments of its kernel, and what the op makes of them on the same codes."""
     outputs, width, format, group, asymmetric, with_bias, with_residual, activation, *shared = case
     code_group = shared[0] if shared else 0
     scheme = Scheme(format=format, group_size=group, symmetric=not asymmetric)
-    done = quantize(torch.randn(outputs, width), scheme)
+    done = quantize(draw(outputs, width), scheme)
     packed, scale, zero = done.packed, done.grid.scale, done.grid.zero_point
-    x, bias = torch.randn(1, rows, width), torch.randn(outputs) if with_bias else None
+    x, bias = draw(1, rows, width), torch.randn(outputs) if with_bias else None
     options = (asymmetric, "float16", with_bias, with_residual, activation, code_group)
     layer = Linear(outputs, width, format, group, *options)
     expected = quantized_linear(
@@ -70,9 +70,9 @@ def made(rows: int, case: tuple) -> tuple[Linear, list[torch.Tensor], torch.Tens
     return layer, arguments, expected
 
 
-def check(rows: int, case: tuple, isa: Isa) -> float:
+def check(rows: int, case: tuple, isa: Isa, draw=torch.randn) -> float:
     """Relative error of a kernel against the op."""
-    layer, arguments, expected = made(rows, case)
+    layer, arguments, expected = made(rows, case, draw)
     out = nowhere(1, rows, layer.width)
     run(vector(layer, isa, (1, 1)) if rows == 1 else matrix(layer, isa, LEAD), *arguments, out)
     return relative_error(out, expected)
@@ -91,6 +91,17 @@ def test_other_instruction_sets_equal_the_reference(isa):
     torch.manual_seed(0)
     for rows, case in ((1, LAYERS[0]), (5, LAYERS[1]), (1, LAYERS[3]), (5, LAYERS[4])):
         assert check(rows, case, isa) < 2e-6
+
+
+@pytest.mark.parametrize("isa", HERE, ids=lambda isa: isa.name)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("format", ["int4", "int8"])
+def test_the_largest_products_do_not_overflow(format, sign, isa):
+    """Some instruction sets add products in 16 bits first."""
+    signs = iter((1.0, sign))
+    for rows in (1, 5):
+        case = (16, 256, format, 128, False, False, False, "")
+        assert check(rows, case, isa, lambda *shape: torch.full(shape, next(signs, sign))) < 2e-6
 
 
 def test_more_rows_than_a_task_takes():
