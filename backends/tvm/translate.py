@@ -617,7 +617,7 @@ def _attention(t: Translator, node: fx.Node) -> View:
         outputs.append(((batch, kv_heads, parts, described.group, value_dim + 2), "float32"))
         made = t.kernel(lambda s: attention_kernels.decode(described, operands(s), parts), inputs, outputs)
     else:
-        prefill = partial(attention_vectors.prefill, lanes=t.isa.lanes)
+        prefill: Callable[..., Any] = partial(attention_vectors.prefill, lanes=t.isa.lanes)
         # Products of bfloat16 parts lack a little of float32, which counts where activations keep all of it.
         if t.isa.tiles and attention_tiles.serves(described) and any(t.program.calls(ops.quantize_dequantize.target)):
             prefill = attention_tiles.prefill
